@@ -1,0 +1,5 @@
+"""``python -m circuitune``."""
+
+from circuitune.cli import main
+
+main()

@@ -1,0 +1,271 @@
+"""The command line: one command per stage, options read off the config dataclasses.
+
+Nothing heavy is imported before a command runs, and a stage that is already done does not even
+load the model.
+"""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from circuitune import config as configs
+from circuitune import runs
+from circuitune.errors import UserError
+
+app = typer.Typer(
+    help="Find the heads with which a language model calculates, prove it, and tune only them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Stage name -> (function, options). The function gets (model, config, run, work).
+IMPLEMENTATION: dict[str, tuple[str, type]] = {
+    "pairs": ("circuitune.pairs:collect", configs.PairsConfig),
+    "locate": ("circuitune.locate:locate", configs.LocateConfig),
+    "validate": ("circuitune.validate:validate", configs.ValidateConfig),
+    "tune": ("circuitune.tune:tune", configs.TuneConfig),
+    "evaluate": ("circuitune.evaluate:evaluate", configs.EvaluateConfig),
+}
+
+ModelName = Annotated[
+    str, typer.Argument(help="Hub id, checkpoint folder, .gguf file, or package:NAME.")
+]
+RunFolder = Annotated[Path, typer.Argument(help="Run directory made by `circuitune locate`.")]
+Out = Annotated[Path, typer.Option("--out", help="Run directory to write.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with options; flags win over it.")
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes a GPU.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Dtype of the weights while measuring.")]
+
+
+class LoadedModel:
+    """The run's model, loaded when the first stage needs it."""
+
+    def __init__(self, name: str, options: dict[str, str]) -> None:
+        """Remember what to load."""
+        self.name = name
+        self.options = options
+        self._model: Any = None
+
+    def __call__(self) -> Any:
+        """The model; loaded once."""
+        if self._model is None:
+            say(f"loading {self.name}")
+            models = importlib.import_module("circuitune.models")
+            self._model = models.load(self.name, **self.options)
+        return self._model
+
+
+def say(text: str) -> None:
+    """One line for the user on standard error."""
+    typer.echo(text, err=True)
+
+
+def run_stage(name: str, run: Path, options: Any, model: LoadedModel) -> None:
+    """Run one stage, or say that its result is still good."""
+    stage = runs.STAGES[name]
+    runs.require_inputs(run, stage)
+    if runs.is_done(run, stage, options):
+        say(f"{name}: done before, nothing changed")
+        return
+    loaded = model()
+    runs.note_model(run, loaded.describe())
+    path, function = IMPLEMENTATION[name][0].split(":")
+    with runs.writing(run, stage, options) as work:
+        getattr(importlib.import_module(path), function)(loaded, options, run, work)
+    seconds = runs.read_manifest(run)["stages"][name]["seconds"]
+    say(f"{name}: {seconds:.0f} s")
+
+
+def stage_options(values: dict[str, Any], *names: str) -> list[Any]:
+    """Configs of the named stages from given flags over a YAML file over defaults."""
+    file = values.pop("config", None)
+    recipe = read_recipe(file) if file else {}
+    given = {key: value for key, value in values.items() if value is not None}
+    built = []
+    for name in names:
+        config_class = IMPLEMENTATION[name][1]
+        known = {item.name for item in fields(config_class)}
+        section = dict(recipe.get(name, {}))
+        chosen = {key: value for key, value in given.items() if key in known}
+        built.append(configs.overrides(config_class, section | chosen))
+    return built
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a YAML recipe: one section per stage.
+
+    Raises:
+        UserError: the file is absent, not YAML, or has an unknown section.
+    """
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(
+            f"--config must be a readable YAML file, {path} is not ({error})."
+        ) from error
+    unknown = set(recipe) - set(IMPLEMENTATION) if isinstance(recipe, dict) else {path.name}
+    if unknown:
+        raise UserError(
+            f"--config must have the sections {', '.join(IMPLEMENTATION)}, found "
+            f"{', '.join(map(str, sorted(unknown)))}; correct the file."
+        )
+    return recipe
+
+
+def with_options(*stages: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add the options of stages to a command, as flags named after the config fields.
+
+    The command receives them in its keyword ``values``; a flag that is not given is None, so
+    that a YAML recipe can speak.
+    """
+    flags: dict[str, Any] = {}
+    for name in stages:
+        for item in fields(IMPLEMENTATION[name][1]):
+            flags.setdefault(item.name, item)
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function)
+        kept = [p for p in own.parameters.values() if p.name != "values"]
+
+        def command(**arguments: Any) -> None:
+            values = {key: arguments.pop(key) for key in flags}
+            for key, item in flags.items():
+                if isinstance(item.default, tuple) and values[key] is not None:
+                    kind = type(item.default[0])
+                    values[key] = tuple(kind(part) for part in str(values[key]).split(","))
+            function(**arguments, values=values)
+
+        extra = [
+            inspect.Parameter(
+                key,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[_flag_type(item.default) | None, _flag(item)],
+            )
+            for key, item in flags.items()
+        ]
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        command.__signature__ = own.replace(parameters=[*kept, *extra])  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in [*kept, *extra]}
+        return command
+
+    return decorate
+
+
+def _flag_type(default: Any) -> type:
+    return str if default is None or isinstance(default, tuple) else type(default)
+
+
+def _flag(item: Any) -> Any:
+    default = item.default
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    text = item.metadata["help"] + ("" if default is None else f" (default: {shown})")
+    name = "--" + item.name.replace("_", "-")
+    return typer.Option(name, help=text, show_default=False)
+
+
+def _open(run: Path) -> LoadedModel:
+    manifest = runs.read_manifest(run)
+    return LoadedModel(manifest["model"]["id"], manifest["load"])
+
+
+def _create(model: str, out: Path, device: str, dtype: str) -> LoadedModel:
+    options = {"device": device, "dtype": dtype}
+    runs.create(out, model, options, runs.command_line())
+    return LoadedModel(model, options)
+
+
+@app.command("run")
+@with_options("pairs", "locate", "validate", "tune", "evaluate")
+def run_all(
+    model: ModelName,
+    out: Out,
+    values: dict[str, Any],
+    config: ConfigFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Everything in order: pairs, locate, validate, tune, evaluate, report."""
+    names = tuple(IMPLEMENTATION)
+    options = stage_options(values | {"config": config}, *names)
+    loaded = _create(model, out, device, dtype)
+    for name, option in zip(names, options, strict=True):
+        run_stage(name, out, option, loaded)
+    report(out)
+
+
+@app.command("locate")
+@with_options("pairs", "locate")
+def locate_command(
+    model: ModelName,
+    out: Out,
+    values: dict[str, Any],
+    config: ConfigFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Make pairs, measure every head and MLP, choose the circuit. Makes the run directory."""
+    pairs, locate = stage_options(values | {"config": config}, "pairs", "locate")
+    loaded = _create(model, out, device, dtype)
+    run_stage("pairs", out, pairs, loaded)
+    run_stage("locate", out, locate, loaded)
+
+
+@app.command("validate")
+@with_options("validate")
+def validate_command(run: RunFolder, values: dict[str, Any], config: ConfigFile = None) -> None:
+    """Knock out the chosen heads on the held-out half, next to random heads."""
+    (options,) = stage_options(values | {"config": config}, "validate")
+    run_stage("validate", run, options, _open(run))
+
+
+@app.command("tune")
+@with_options("tune")
+def tune_command(run: RunFolder, values: dict[str, Any], config: ConfigFile = None) -> None:
+    """Tune slices of the chosen heads, and of random heads as a control."""
+    (options,) = stage_options(values | {"config": config}, "tune")
+    run_stage("tune", run, options, _open(run))
+
+
+@app.command("evaluate")
+@with_options("evaluate")
+def evaluate_command(run: RunFolder, values: dict[str, Any], config: ConfigFile = None) -> None:
+    """Exact match on held-out problems and drift on plain text, base against tuned."""
+    (options,) = stage_options(values | {"config": config}, "evaluate")
+    run_stage("evaluate", run, options, _open(run))
+
+
+@app.command("report")
+def report(run: RunFolder) -> None:
+    """Print the tables and rebuild report.html from the run directory alone."""
+    from rich.console import Console
+
+    from circuitune.report import summarise, write_report
+    from circuitune.report.terminal import render
+
+    path = write_report(run)
+    Console().print(render(summarise(run)))
+    typer.echo(str(path))
+
+
+def main() -> None:
+    """Entry point: a `UserError` becomes one sentence and exit status 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except UserError as error:
+        say(f"circuitune: {error}")
+        sys.exit(2)

@@ -1,0 +1,403 @@
+"""Clean/corrupt prompt pairs for a tokenizer: verified, answered correctly, split by operands.
+
+1. Answer policy: the answer must be *one* token that follows the prompt unchanged. Two ways of
+   writing are tried, ``"3 + 5 = "`` + ``"8"`` and ``"3 + 5 ="`` + ``" 8"``; a tokenizer that
+   allows neither is refused.
+2. Prefix: a few neutral first lines are measured on the select half and the best is kept, since
+   without a BOS token the first token becomes the attention sink and arithmetic collapses.
+3. Only prompts whose answer is the model's first choice among all tokens are kept (Zhang et al.
+   2024, section 3); the selection rate is reported with its interval.
+4. Operand pairs are split in two before anything is measured: components are chosen on the
+   ``select`` half, every claim is made on the ``test`` half.
+
+Special tokens are the tokenizer's own choice (a BOS token where it adds one, never an EOS).
+"""
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerBase
+
+from circuitune.config import PairsConfig
+from circuitune.errors import UserError
+from circuitune.models import Model
+from circuitune.patching import end_states, prefill, unembed
+from circuitune.problems import Operator, Problem, enumerate_problems, split_groups, templates
+from circuitune.stats import proportion
+
+Split = Literal["select", "test"]
+PREFIXES = ("", "\n", "Math:\n", "Here is a sum: ", "Calculate:\n", "Answer the question.\n")
+PROBE_PROMPTS = 48
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One clean prompt with its corrupt counterpart; the fields of a line of ``pairs.jsonl``.
+
+    ``clean`` and ``corrupt`` are whole prompts with their prefix, ``answer`` is the text of the
+    one token that must follow ``clean``. Pairs of one ``group`` are never split.
+    """
+
+    clean: str
+    corrupt: str
+    answer: str
+    task: str
+    template: str
+    split: Split
+    group: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Pairs as token ids.
+
+    Attributes:
+        clean, corrupt: token ids of the prompts, in the order of the pairs.
+        candidates: token ids of all admissible answers (the answers that occur).
+        answers: place of each pair's answer among the candidates.
+        groups: the group of each pair.
+    """
+
+    clean: list[list[int]]
+    corrupt: list[list[int]]
+    candidates: tuple[int, ...]
+    answers: Int[np.ndarray, " example"]
+    groups: list[str]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a prompt and its answer are written for one tokenizer: prefix, and where the space is."""
+
+    prefix: str
+    spaced_answer: bool
+
+    def write(self, prompt: str, answer: str) -> tuple[str, str]:
+        """The prompt with its prefix, and the answer, with the space on the right side."""
+        if self.spaced_answer:
+            return self.prefix + prompt.rstrip(" "), " " + answer
+        return self.prefix + prompt, answer
+
+    @property
+    def policy(self) -> str:
+        """One sentence for records and reports."""
+        where = "with the space in front of it" if self.spaced_answer else "after a space"
+        return f"The answer is one digit, one token, {where}; all ten digits are admissible."
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a prompt, with the tokenizer's BOS where it adds one, without EOS."""
+    ids = tokenizer(text).input_ids
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], answers: Iterable[str] = ()
+) -> Encoded:
+    """Tokenise pairs and prove that every answer is one token.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        pairs: the pairs.
+        answers: further admissible answers beside those that occur in the pairs.
+
+    Raises:
+        UserError: an answer is not exactly one token after its prompt, or there are fewer than
+            two admissible answers.
+    """
+    tokens = [_answer_token(tokenizer, pair.clean, pair.answer) for pair in pairs]
+    for pair, token in zip(pairs, tokens, strict=True):
+        if token is None:
+            raise UserError(
+                f"An answer must be one token after its prompt, {pair.answer!r} after "
+                f"{pair.clean!r} is not; shorten the answer or move the space between them."
+            )
+    context = pairs[0].clean if pairs else ""
+    extra = [_answer_token(tokenizer, context, answer) for answer in answers]
+    candidates = tuple(sorted({token for token in [*tokens, *extra] if token is not None}))
+    if len(candidates) < 2:
+        raise UserError(
+            f"Pairs must have at least two different answers to compare, found {len(candidates)}; "
+            "add pairs."
+        )
+    return Encoded(
+        clean=[encode_text(tokenizer, pair.clean) for pair in pairs],
+        corrupt=[encode_text(tokenizer, pair.corrupt) for pair in pairs],
+        candidates=candidates,
+        answers=np.array([candidates.index(token) for token in tokens]),
+        groups=[pair.group for pair in pairs],
+    )
+
+
+def _answer_token(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> int | None:
+    ids = encode_text(tokenizer, prompt)
+    both = encode_text(tokenizer, prompt + answer)
+    return both[-1] if len(both) == len(ids) + 1 and both[:-1] == ids else None
+
+
+def find_writing(tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> Writing:
+    """Decide where the space before the answer goes, so that each digit is one token.
+
+    Raises:
+        UserError: neither way of writing gives one-token answers.
+    """
+    for spaced in (False, True):
+        writing = Writing(prefix, spaced)
+        written = [writing.write("3 + 5 = ", str(digit)) for digit in range(10)]
+        tokens = {_answer_token(tokenizer, *item) for item in written}
+        if None not in tokens and len(tokens) == 10:
+            return writing
+    raise UserError(
+        "The tokenizer must write each digit as one token after a prompt, it does so neither "
+        "after nor with a space; pass your own one-token pairs with --pairs FILE.jsonl."
+    )
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Pairs and how they were selected (``pairs.jsonl`` and ``selection.json``)."""
+
+    pairs: tuple[Pair, ...]
+    selection: dict[str, Any]
+
+    def of(self, task: str, split: Split) -> list[Pair]:
+        """The pairs of one task and split."""
+        return [pair for pair in self.pairs if pair.task == task and pair.split == split]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks in order of appearance."""
+        return list(dict.fromkeys(pair.task for pair in self.pairs))
+
+    def save(self, folder: Path) -> None:
+        """Write both files."""
+        lines = [json.dumps(asdict(pair), ensure_ascii=False) for pair in self.pairs]
+        (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        text = json.dumps(self.selection, indent=1, ensure_ascii=False)
+        (folder / "selection.json").write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "PairSet":
+        """Read both files."""
+        selection = json.loads((folder / "selection.json").read_text(encoding="utf-8"))
+        lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+        return cls(tuple(Pair(**json.loads(line)) for line in lines), selection)
+
+
+def answers_correctly(
+    model: Model, prompts: Sequence[Sequence[int]], tokens: Sequence[int]
+) -> np.ndarray:
+    """Whether the model's first choice among all tokens is the given answer token."""
+    states = end_states(model, prefill(model, prompts))
+    top = unembed(model, states.final).argmax(dim=-1)
+    return (top.cpu() == torch.tensor(list(tokens))).numpy()
+
+
+def make_pairs(model: Model, config: PairsConfig) -> PairSet:
+    """Generate, verify and filter arithmetic pairs for a model.
+
+    Raises:
+        UserError: the tokenizer has no one-token digits, or the model answers too few prompts.
+    """
+    operators = [Operator.parse(text) for text in config.operators]
+    problems = {op: enumerate_problems(op, low=1, high=9, max_answer=9) for op in operators}
+    halves, wide = _halves([p for op in operators for p in problems[op]], seed=config.seed)
+    find_writing(model.tokenizer)
+    writing, trials = _choose_prefix(model, halves["select"], config)
+    kept: list[Pair] = []
+    tasks: dict[str, Any] = {}
+    for operator in operators:
+        mine = {half: [p for p in side if p.operator is operator] for half, side in halves.items()}
+        pairs, tasks[operator.id] = _select(model, operator, mine, writing, config)
+        kept += pairs
+    selection = {
+        "prefixes": trials,
+        "prefix": writing.prefix,
+        "answer_policy": writing.policy,
+        "spaced_answer": writing.spaced_answer,
+        "admissible": [writing.write("", str(digit))[1] for digit in range(10)],
+        "tasks": tasks,
+        "select_groups": sorted({problem.group for problem in wide["select"]}),
+        "held_out_groups": sorted({problem.group for problem in wide["test"]}),
+    }
+    return PairSet(tuple(kept), selection)
+
+
+def _halves(
+    problems: Sequence[Problem], *, seed: int
+) -> tuple[dict[Split, list[Problem]], dict[Split, list[Problem]]]:
+    """Split all one-digit operand pairs in two; the given problems, and all, of each half."""
+    every = [p for op in Operator for p in enumerate_problems(op, low=0, high=9)]
+    select, test = split_groups(every, seed=seed)
+    wide: dict[Split, list[Problem]] = {"select": select, "test": test}
+    inside = {split: {problem.group for problem in side} for split, side in wide.items()}
+    return {split: [p for p in problems if p.group in inside[split]] for split in wide}, wide
+
+
+def _prompts(
+    problems: Sequence[Problem], writing: Writing, split: Split, rng: random.Random
+) -> list[Pair]:
+    """Every problem in every template of its operator, shuffled."""
+    pairs = []
+    for problem in problems:
+        for template in templates(problem.operator):
+            clean, corrupt = template.render(problem)
+            text, answer = writing.write(clean, str(problem.answer))
+            other, _ = writing.write(corrupt, "")
+            pairs.append(
+                Pair(text, other, answer, problem.operator.id, template.id, split, problem.group)
+            )
+    rng.shuffle(pairs)
+    return pairs
+
+
+def _choose_prefix(
+    model: Model, problems: Sequence[Problem], config: PairsConfig
+) -> tuple[Writing, list[dict[str, Any]]]:
+    """Measure each prefix on the same sample of select-half prompts and keep the best."""
+    trials = []
+    writings = {}
+    for prefix in PREFIXES if config.prefix is None else (config.prefix,):
+        try:
+            writings[prefix] = writing = find_writing(model.tokenizer, prefix)
+        except UserError:
+            continue  # this prefix merges with the digits; find_writing has passed without it
+        sample = _prompts(problems, writing, "select", random.Random(config.seed))[:PROBE_PROMPTS]
+        hits = _hits(model, sample)
+        rate = proportion(int(hits.sum()), len(hits))
+        trials.append(
+            {"prefix": prefix, "accuracy": rate.estimate, "low": rate.low, "high": rate.high}
+            | {"n": len(hits)}
+        )
+    best = max(trials, key=lambda trial: trial["accuracy"])
+    return writings[best["prefix"]], trials
+
+
+def _hits(model: Model, pairs: Sequence[Pair]) -> np.ndarray:
+    encoded = encode(model.tokenizer, pairs)
+    tokens = [encoded.candidates[answer] for answer in encoded.answers]
+    return answers_correctly(model, encoded.clean, tokens)
+
+
+def _select(
+    model: Model,
+    operator: Operator,
+    halves: dict[Split, list[Problem]],
+    writing: Writing,
+    config: PairsConfig,
+) -> tuple[list[Pair], dict[str, Any]]:
+    """Keep up to ``config.per_split`` correctly answered prompts of each half."""
+    kept: list[Pair] = []
+    tried = correct = 0
+    counts = {}
+    for split, problems in halves.items():
+        rng = random.Random(f"{config.seed}/{operator.id}/{split}")
+        pool = _prompts(problems, writing, split, rng)[: 2 * config.per_split]
+        hits = _hits(model, pool)
+        good = [pair for pair, hit in zip(pool, hits, strict=True) if hit][: config.per_split]
+        if len(good) < 8 or len({pair.answer for pair in good}) < 2:
+            raise UserError(
+                f"The model must answer at least 8 prompts of {operator.id} correctly in each "
+                f"half, it answers {int(hits.sum())} of {len(pool)}; leave this operator out with "
+                "--operators or choose a stronger model."
+            )
+        kept += good
+        counts[split] = len(good)
+        tried, correct = tried + len(pool), correct + int(hits.sum())
+    rate = proportion(correct, tried)
+    facts = {"tried": tried, "correct": correct, "rate": rate.estimate}
+    return kept, facts | {"low": rate.low, "high": rate.high} | counts
+
+
+def own_pairs(model: Model, config: PairsConfig) -> PairSet:
+    """A user's pairs in place of generated ones; all are kept unless ``correct_only``.
+
+    Raises:
+        UserError: the file is not usable, an answer is not one token, or a half is empty.
+    """
+    pairs = read_pairs(Path(config.pairs or ""), seed=config.seed)
+    hits = _hits(model, pairs)
+    tasks = {}
+    for task in dict.fromkeys(pair.task for pair in pairs):
+        mine = [hit for pair, hit in zip(pairs, hits, strict=True) if pair.task == task]
+        rate = proportion(int(sum(mine)), len(mine))
+        tasks[task] = {"tried": len(mine), "correct": int(sum(mine)), "rate": rate.estimate}
+        tasks[task] |= {"low": rate.low, "high": rate.high}
+    if config.correct_only:
+        pairs = [pair for pair, hit in zip(pairs, hits, strict=True) if hit]
+    for task in tasks:
+        for split in ("select", "test"):
+            count = sum(pair.task == task and pair.split == split for pair in pairs)
+            tasks[task][split] = count
+            if count < 2:
+                raise UserError(
+                    f"Each task must keep at least two pairs in each half, {task} keeps {count} in "
+                    f"{split}; add pairs to {config.pairs}."
+                )
+    _, wide = _halves([], seed=config.seed)
+    selection = {
+        "prefixes": [],
+        "prefix": "",
+        "answer_policy": "Own pairs: the answer is one token; all answers are admissible.",
+        "spaced_answer": False,
+        "admissible": [],
+        "tasks": tasks,
+        "select_groups": sorted({problem.group for problem in wide["select"]}),
+        "held_out_groups": sorted({problem.group for problem in wide["test"]}),
+    }
+    return PairSet(tuple(pairs), selection)
+
+
+def collect(model: Model, config: PairsConfig, run: Path, work: Path) -> None:
+    """The stage: generated or own pairs into ``pairs.jsonl`` and ``selection.json``."""
+    del run  # the first stage reads nothing
+    pair_set = own_pairs(model, config) if config.pairs else make_pairs(model, config)
+    pair_set.save(work)
+
+
+def read_pairs(path: Path, *, seed: int = 0) -> list[Pair]:
+    """Read a user's own pairs: one JSON object a line with ``clean``, ``corrupt``, ``answer``.
+
+    ``task``, ``template``, ``split`` and ``group`` are optional; without a split, groups (by
+    default each pair is its own) are shared out at random, half for selection.
+
+    Raises:
+        UserError: the file is absent, not JSON lines, or lacks a field.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        records = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"A pairs file must hold one JSON object a line, {path} does not ({error}); see the "
+            "README for an example."
+        ) from error
+    for number, record in enumerate(records, start=1):
+        fields = ("clean", "corrupt", "answer")
+        if not isinstance(record, dict) or not all(isinstance(record.get(f), str) for f in fields):
+            raise UserError(
+                f"Every line of a pairs file must give clean, corrupt and answer as texts, line "
+                f"{number} of {path} does not; correct that line."
+            )
+    groups = sorted({record.get("group", record["clean"]) for record in records})
+    random.Random(seed).shuffle(groups)
+    selected = set(groups[: (len(groups) + 1) // 2])
+    pairs = []
+    for record in records:
+        group = record.get("group", record["clean"])
+        split = record.get("split", "select" if group in selected else "test")
+        texts = {field: record[field] for field in ("clean", "corrupt", "answer")}
+        task = record.get("task", path.stem)
+        pairs.append(
+            Pair(
+                **texts, task=task, template=record.get("template", "own"), split=split, group=group
+            )
+        )
+    return pairs

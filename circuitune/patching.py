@@ -1,0 +1,301 @@
+"""Exact direct effects of all components, fast; and knockouts.
+
+With every other head frozen, a changed head output at END moves the residual stream at END and
+nowhere else, since no later attention can carry it. So direct effects need END alone:
+
+1. `prefill`: keys and values of every prompt up to, not including, END; computed once.
+2. `end_states`: one token per prompt through the model; keeps per layer the head outputs z, the
+   attention and MLP contributions and the residual stream at END.
+3. `direct_effects`: replay, layer by layer. A row is one (sender, example). A head of this layer
+   starts as the clean residual stream with the attention block's output recomputed from its
+   patched z; all older rows get the clean attention output. The model's *own* layer computes
+   norms, MLP and residual additions, with its attention substituted.
+4. Final norm, then only the unembedding rows of the admissible answers.
+
+Equals one hooked forward pass per component (Wang et al. 2023, path patching with MLPs in the
+path; Zhang et al. 2024, section 3); checked in ``tests/test_patching.py`` against
+``tests/reference/slow_effects.py`` and on any model by `circuitune check`.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from circuitune.components import Component, Head, Mlp, all_components
+from circuitune.effects import EffectTable
+from circuitune.models import Model
+from circuitune.sites import intervene, record, substitute
+
+# Rows per layer call: enough for full matrix-multiply speed, small enough to stay in cache.
+REPLAY_ROWS = 1024
+PROMPTS_PER_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of equal length: their places in the list, their cache, and their last token."""
+
+    places: list[int]
+    cache: DynamicCache
+    last: Int[Tensor, "example 1"]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Tokenised prompts whose keys and values before END are computed (see `prefill`)."""
+
+    batches: tuple[Batch, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class EndStates:
+    """What passes END of every prompt, float32.
+
+    Attributes:
+        z: head outputs side by side, per layer.
+        attention, mlp: contributions of the blocks, per layer.
+        entry: residual stream that enters each layer.
+        final: residual stream after the final norm.
+        calls: further arguments of each layer, to call it again.
+    """
+
+    z: Float[Tensor, "layer example z"]
+    attention: Float[Tensor, "layer example d_model"]
+    mlp: Float[Tensor, "layer example d_model"]
+    entry: Float[Tensor, "layer example d_model"]
+    final: Float[Tensor, "example d_model"]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def output(self, part: Component, d_head: int) -> Float[Tensor, "example width"]:
+        """The output of one component: its slice of z, or its MLP's output."""
+        if isinstance(part, Head):
+            return self.z[part.layer, :, part.index * d_head : (part.index + 1) * d_head]
+        return self.mlp[part.layer]
+
+    def mean_outputs(
+        self, parts: Iterable[Component], d_head: int
+    ) -> dict[Component, Float[Tensor, " width"]]:
+        """Mean output over the examples, the values of a mean ablation."""
+        return {part: self.output(part, d_head).mean(dim=0) for part in parts}
+
+    def averaged(self) -> "EndStates":
+        """Every example replaced by the mean over the examples (for z and mlp)."""
+
+        def mean(values: Tensor) -> Tensor:
+            return values.mean(dim=1, keepdim=True).expand_as(values)
+
+        return EndStates(
+            mean(self.z), self.attention, mean(self.mlp), self.entry, self.final, self.calls
+        )
+
+
+@torch.no_grad()
+def prefill(model: Model, prompts: Sequence[Sequence[int]]) -> Prompts:
+    """Compute keys and values of all tokens but the last, in batches of equal length.
+
+    No padding is used, so results do not depend on how prompts are batched or padded.
+    """
+    by_length: dict[int, list[int]] = {}
+    for place, tokens in enumerate(prompts):
+        by_length.setdefault(len(tokens), []).append(place)
+    batches = []
+    for _, places in sorted(by_length.items()):
+        for start in range(0, len(places), PROMPTS_PER_BATCH):
+            chosen = places[start : start + PROMPTS_PER_BATCH]
+            tokens = torch.tensor([list(prompts[place]) for place in chosen], device=model.device)
+            cache = DynamicCache(config=model.hf.config)
+            if tokens.shape[1] > 1:
+                model.hf.base_model(tokens[:, :-1], past_key_values=cache, use_cache=True)
+            batches.append(Batch(chosen, cache, tokens[:, -1:]))
+    return Prompts(tuple(batches), len(prompts))
+
+
+@torch.no_grad()
+def end_states(
+    model: Model, prompts: Prompts, *, edits: Mapping[Component, Tensor] | None = None
+) -> EndStates:
+    """Run END of every prompt and keep what passes, optionally with components overwritten.
+
+    Args:
+        model: the model.
+        prompts: prompts from `prefill`.
+        edits: new outputs at END, see `circuitune.sites.intervene`; one row for all prompts.
+    """
+    kept: list[tuple[Tensor, ...]] = []
+    calls: list[Any] = []
+    for batch in prompts.batches:
+        with intervene(model, edits or {}), record(model) as trace:
+            final = _run_end(model, batch)
+        parts = (trace.z, trace.attention, trace.mlp, trace.entry)
+        kept.append((*(torch.stack(part).float() for part in parts), final.float()))
+        calls = trace.calls
+    order = torch.tensor([place for batch in prompts.batches for place in batch.places]).argsort()
+    z, attention, mlp, entry = (
+        torch.cat([item[i] for item in kept], dim=1)[:, order] for i in range(4)
+    )
+    return EndStates(z, attention, mlp, entry, torch.cat([item[4] for item in kept])[order], calls)
+
+
+def _run_end(model: Model, batch: Batch) -> Float[Tensor, "example d_model"]:
+    """Final hidden state of END; the cache is copied, since a forward pass extends it."""
+    output = model.hf.base_model(
+        batch.last, past_key_values=copy.deepcopy(batch.cache), use_cache=True
+    )
+    return output.last_hidden_state[:, -1]
+
+
+def unembed(
+    model: Model, hidden: Float[Tensor, "*batch d_model"], tokens: Sequence[int] | None = None
+) -> Float[Tensor, "*batch candidate"]:
+    """Logits of the given tokens (all by default) from normed hidden states, in float32.
+
+    The model's own forward computes them with its trunk substituted, so that soft-caps and
+    logit scales are the model's.
+    """
+    embedding = model.hf.get_output_embeddings()
+    flat = hidden.reshape(1, -1, hidden.shape[-1])
+    with ExitStack() as stack:
+        trunk = BaseModelOutputWithPast(last_hidden_state=flat)
+        stack.enter_context(substitute(model.hf.base_model, trunk))
+        if tokens is not None:
+            rows = embedding.weight[list(tokens)].float()
+            bias = None if embedding.bias is None else embedding.bias[list(tokens)].float()
+
+            def project(values: Tensor) -> Tensor:
+                return torch.nn.functional.linear(values.float(), rows, bias)
+
+            stack.enter_context(substitute(embedding, project))
+        else:
+            flat = trunk.last_hidden_state = flat.to(embedding.weight.dtype)
+        placeholder = torch.zeros(1, flat.shape[1], dtype=torch.long, device=flat.device)
+        logits = model.hf(input_ids=placeholder, use_cache=False).logits
+    return logits.float().reshape(*hidden.shape[:-1], -1)
+
+
+@torch.no_grad()
+def direct_effects(
+    model: Model,
+    clean: EndStates,
+    corrupt: EndStates,
+    *,
+    candidates: Sequence[int],
+    answers: Int[np.ndarray, " example"],
+    senders: Sequence[Component] | None = None,
+) -> EffectTable:
+    """Direct effect of every sender on the answer at END, per example.
+
+    Args:
+        model: the model.
+        clean: states of the clean run (the run that is patched).
+        corrupt: states whose outputs are patched in, same examples; `EndStates.averaged` of a
+            corrupt run gives mean ablation instead of per-example patching.
+        candidates: token ids of the admissible answers.
+        answers: index into ``candidates`` of each example's answer.
+        senders: components to measure; all heads and MLPs by default.
+    """
+    senders = tuple(senders if senders is not None else all_components(model.layers, model.heads))
+    rows = {part: row for row, part in enumerate(sorted(senders, key=_start))}
+    state = clean.entry.new_empty(len(rows), *clean.final.shape)
+    active = 0
+    for layer in tqdm(range(model.layers), desc="sweep", disable=None, leave=False):
+        _replay(model, clean, layer, state[:active])
+        here = [part for part in rows if part.layer == layer]
+        state[active : active + len(here)] = _start_rows(model, clean, corrupt, here)
+        active += len(here)
+    hidden = torch.cat([_final_norm(model, part) for part in _chunks(state)])
+    patched = unembed(model, hidden, candidates)[[rows[part] for part in senders]]
+    plain = unembed(model, clean.final, candidates)
+    return EffectTable.from_logits(
+        senders, plain.cpu().numpy(), patched.cpu().numpy(), np.asarray(answers)
+    )
+
+
+def _start(part: Component) -> tuple[int, int]:
+    return (part.layer, 0 if isinstance(part, Head) else 1)
+
+
+def _chunks(state: Float[Tensor, "sender example d_model"]) -> Iterable[Tensor]:
+    size = max(1, REPLAY_ROWS // state.shape[1])
+    return (state[start : start + size] for start in range(0, state.shape[0], size))
+
+
+def _final_norm(model: Model, state: Tensor) -> Tensor:
+    norm = model.final_norm
+    return norm(state.to(next(norm.parameters()).dtype)).float()
+
+
+def _replay(
+    model: Model, clean: EndStates, layer: int, state: Float[Tensor, "sender example d_model"]
+) -> None:
+    """Advance rows through one layer in place, the attention held at its clean output."""
+    attention = clean.attention[layer][None]  # broadcasts over the senders of a chunk
+    for chunk in _chunks(state):
+        chunk.copy_(_run_layer(model, clean, layer, chunk, attention))
+
+
+def _start_rows(
+    model: Model, clean: EndStates, corrupt: EndStates, parts: Sequence[Component]
+) -> Float[Tensor, "sender example d_model"]:
+    """The residual stream after the senders' own layer, heads first, then the MLP."""
+    rows = []
+    for part in parts:
+        layer = part.layer
+        entry, attention = clean.entry[layer][None], clean.attention[layer][None]
+        if isinstance(part, Mlp):
+            mlp = corrupt.mlp[layer][None]
+            rows.append(_run_layer(model, clean, layer, entry, attention, mlp=mlp))
+    heads = [part for part in parts if isinstance(part, Head)]
+    size = max(1, REPLAY_ROWS // clean.final.shape[0])
+    starts = range(0, len(heads), size)
+    patched = [_start_heads(model, clean, corrupt, heads[i : i + size]) for i in starts]
+    return torch.cat([*patched, *rows])
+
+
+def _start_heads(
+    model: Model, clean: EndStates, corrupt: EndStates, heads: Sequence[Head]
+) -> Float[Tensor, "sender example d_model"]:
+    """Rows of heads of one layer: W_O applied to z with one head's slice replaced."""
+    layer = heads[0].layer
+    z = clean.z[layer].repeat(len(heads), 1, 1)
+    for row, head in enumerate(heads):
+        width = slice(head.index * model.d_head, (head.index + 1) * model.d_head)
+        z[row, :, width] = corrupt.z[layer][:, width]
+    out = model.part(layer, model.family.out)
+    attention = out(z.to(out.weight.dtype)).float()
+    entry = clean.entry[layer].expand(len(heads), -1, -1)
+    return _run_layer(model, clean, layer, entry, attention)
+
+
+def _run_layer(
+    model: Model,
+    clean: EndStates,
+    layer: int,
+    rows: Float[Tensor, "sender example d_model"],
+    attention: Float[Tensor, "#sender example d_model"],
+    mlp: Float[Tensor, "#sender example d_model"] | None = None,
+) -> Float[Tensor, "sender example d_model"]:
+    """The model's own layer on single positions, attention (and MLP, if given) substituted."""
+    module = model.layer(layer)
+    dtype = next(module.parameters()).dtype
+    args, kwargs = clean.calls[layer]
+    with ExitStack() as stack:
+        block = model.part(layer, model.family.attention)
+        stack.enter_context(substitute(block, (attention.to(dtype), None)))
+        if model.family.norm_before_attention:
+            norm = model.part(layer, model.family.norm_before_attention)
+            stack.enter_context(substitute(norm, lambda values: values))
+        if mlp is not None:
+            stack.enter_context(substitute(model.part(layer, model.family.mlp), mlp.to(dtype)))
+        output = module(rows.to(dtype), *args, **kwargs)
+    return (output[0] if isinstance(output, tuple) else output).float()

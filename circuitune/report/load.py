@@ -1,0 +1,290 @@
+"""Read and check a run directory; the only part of the report that touches its files."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from circuitune.errors import UserError
+from circuitune.report.fields import COMPONENT, Item, Source
+from circuitune.report.records import (
+    Circuit,
+    Evaluation,
+    Manifest,
+    ModelCard,
+    Pair,
+    Prefix,
+    RankedComponent,
+    Run,
+    Selection,
+    SinglePass,
+    TaskSelection,
+    TunedVariant,
+    Tuning,
+)
+
+_EFFECT_COLUMNS = ("component", "layer", "example", "metric", "effect")
+_KNOCKOUT_COLUMNS = ("set", "k", "draw", "ablation", "where", "task", "accuracy", "n")
+_KNOCKOUT_EXTRAS = ("low", "high", "logit_diff")
+_NUMERIC = {"layer", "example", "effect", "k", "draw", "accuracy", "n", *_KNOCKOUT_EXTRAS}
+_UNITS = {"accuracy", "low", "high"}
+
+
+def load(run: Path) -> Run:
+    """Read a run directory; what `circuitune locate` writes must be there, the rest may be.
+
+    Raises:
+        UserError: The directory or a file that every run has is absent, or a file is malformed.
+    """
+    if not run.is_dir():
+        raise UserError(
+            f"The report needs a run directory, but {run} is no folder; "
+            f"run `circuitune run MODEL --out {shlex.quote(str(run))}` first"
+        )
+    files = {
+        name: _source(run, name)
+        for name in ("manifest.json", "pairs.jsonl", "effects.parquet", "circuit.json")
+    }
+    for name, source in files.items():
+        if not source.path.is_file():
+            raise UserError(f"{run} holds no {name}; run `{source.command}` first")
+    manifest = _manifest(files["manifest.json"])
+    selection, knockout, tuning, evaluations = (
+        source if source.path.is_file() else None
+        for source in (
+            _source(run, "selection.json"),
+            _source(run, "knockout.parquet"),
+            _source(run, "tune.json"),
+            _source(run, "eval.json"),
+        )
+    )
+    circuit = _circuit(files["circuit.json"])
+    effects = _effects(files["effects.parquet"])
+    named = [part.id for part in circuit.components]
+    _check_inside(files["circuit.json"], named, manifest.model)
+    _check_inside(files["effects.parquet"], list(effects["component"].unique()), manifest.model)
+    return Run(
+        path=run,
+        manifest=manifest,
+        pairs=_pairs(files["pairs.jsonl"]),
+        selection=selection and _selection(selection),
+        effects=effects,
+        circuit=circuit,
+        knockout=None if knockout is None else _knockout(knockout),
+        tuning=tuning and _tuning(tuning),
+        evaluations=None if evaluations is None else _evaluations(evaluations),
+    )
+
+
+def stage_command(stage: str, run: Path) -> str:
+    """The command line that runs one stage of `run`."""
+    place = shlex.quote(str(run))
+    return f"circuitune {stage} {'MODEL --out ' if stage == 'locate' else ''}{place}"
+
+
+def _source(run: Path, name: str) -> Source:
+    stages = {"knockout.parquet": "validate", "tune.json": "tune", "eval.json": "evaluate"}
+    return Source(run / name, stage_command(stages.get(name, "locate"), run))
+
+
+def _manifest(source: Source) -> Manifest:
+    top = source.item(source.parse(source.text()))
+    model = top.child("model")
+    card = ModelCard(
+        id=model.text("id"),
+        family=model.text("family"),
+        layers=model.count("layers"),
+        heads=model.count("heads"),
+        kv_heads=model.count("kv_heads"),
+        d_head=model.count("d_head"),
+        d_model=model.count("d_model"),
+        parameters=model.count("parameters"),
+        dtype=model.text("dtype"),
+    )
+    versions = {"circuitune": top.text("circuitune"), **top.mapping("versions")}
+    return Manifest(
+        command=top.text("command"),
+        model=card,
+        config={stage: item.values for stage, item in top.named("config").items()},
+        versions={name: str(version) for name, version in versions.items()},
+        machine=top.mapping("machine"),
+        stages={stage: item.values for stage, item in top.named("stages").items()},
+    )
+
+
+def _pairs(source: Source) -> tuple[Pair, ...]:
+    pairs = []
+    for number, line in enumerate(source.text().splitlines(), start=1):
+        if line.strip():
+            where = f"line {number}"
+            item = source.item(source.parse(line, where), where)
+            group = item.values.get("group")
+            texts = [item.text(key) for key in ("clean", "corrupt", "answer", "task")]
+            pairs.append(
+                Pair(
+                    *texts,
+                    template=str(item.values.get("template", "")),
+                    split=item.text("split"),
+                    group=None if group is None else str(group),
+                )
+            )
+    if not pairs:
+        raise source.fault("hold at least one pair", "it is empty")
+    return tuple(pairs)
+
+
+def _selection(source: Source) -> Selection:
+    top = source.item(source.parse(source.text()))
+    chosen = top.values.get("prefix")
+    return Selection(
+        prefixes=tuple(
+            Prefix(
+                text=item.text("prefix"),
+                accuracy=item.fraction("accuracy"),
+                n=item.count("n"),
+                chosen=item.text("prefix") == chosen,
+            )
+            for item in top.children("prefixes")
+        ),
+        answer_policy=top.text("answer_policy"),
+        tasks=tuple(
+            TaskSelection(
+                task=task,
+                tried=item.count("tried"),
+                correct=item.count("correct"),
+                rate=item.fraction("rate"),
+                select=item.count("select"),
+                test=item.count("test"),
+            )
+            for task, item in top.named("tasks").items()
+        ),
+    )
+
+
+def _ranked(item: Item) -> RankedComponent:
+    number = item.optional_number("round")
+    return RankedComponent(
+        id=item.component("id"),
+        effect=item.estimate("estimate"),
+        round=None if number is None else int(number),
+    )
+
+
+def _circuit(source: Source) -> Circuit:
+    top = source.item(source.parse(source.text()))
+    rule = top.mapping("rule")
+    single = top.child("single_pass") if top.values.get("single_pass") is not None else None
+    return Circuit(
+        components=tuple(_ranked(item) for item in top.children("components")),
+        rule=rule,
+        metric=str(rule.get("metric", "logit_diff")),
+        task=top.text("task"),
+        single_pass=None if single is None else _single_pass(single),
+    )
+
+
+def _single_pass(item: Item) -> SinglePass:
+    heads = item.optional_number("key_heads")
+    return SinglePass(
+        metric=item.text("metric"),
+        components=tuple(_ranked(child) for child in item.children("components")),
+        key_cut=item.optional_number("key_cut"),
+        key_heads=None if heads is None else int(heads),
+    )
+
+
+def _tuning(source: Source) -> Tuning:
+    top = source.item(source.parse(source.text()))
+    variants = tuple(
+        TunedVariant(
+            name=name,
+            components=item.components("components"),
+            parameters=item.count("parameters"),
+            share=item.number("share"),
+            steps=item.count("steps"),
+            lr=item.number("lr"),
+            seconds=item.number("seconds"),
+            tokens_per_second=item.optional_number("tokens_per_second"),
+            loss_first=item.optional_number("loss_first"),
+            loss_last=item.optional_number("loss_last"),
+        )
+        for name, item in top.named("variants").items()
+    )
+    return Tuning(variants, rule=str(top.values.get("rule", "")))
+
+
+def _evaluations(source: Source) -> tuple[Evaluation, ...]:
+    records = source.parse(source.text())
+    if not isinstance(records, list):
+        raise source.fault("hold a list of records", f"found {type(records).__name__}")
+    items = [source.item(record, f"record {place}") for place, record in enumerate(records)]
+    return tuple(
+        Evaluation(
+            task=item.text("task"),
+            variant=item.text("variant"),
+            metric=item.text("metric"),
+            estimate=item.estimate("value"),
+            n=item.count("n"),
+        )
+        for item in items
+    )
+
+
+def _effects(source: Source) -> pd.DataFrame:
+    frame = _table(source, _EFFECT_COLUMNS)
+    names = frame["component"].astype(str)
+    unknown = [name for name in names.unique() if COMPONENT.fullmatch(name) is None]
+    if unknown:
+        raise source.fault("name components like '12.3' or 'mlp.7'", f"found '{unknown[0]}'")
+    if frame.duplicated(["component", "example", "metric"]).any():
+        raise source.fault("hold one row per component, example and metric", "one comes twice")
+    return frame.assign(component=names, metric=frame["metric"].astype(str))
+
+
+def _knockout(source: Source) -> pd.DataFrame:
+    frame = _table(source, _KNOCKOUT_COLUMNS)
+    absent = [name for name in _KNOCKOUT_EXTRAS if name not in frame.columns]
+    frame = frame.assign(**dict.fromkeys(absent, float("nan")))
+    frame = frame.assign(k=frame["k"].astype(int), n=frame["n"].astype(int))
+    texts = {name: frame[name].astype(str) for name in ("set", "task", "ablation", "where")}
+    return frame.assign(**texts)
+
+
+def _table(source: Source, columns: Sequence[str]) -> pd.DataFrame:
+    try:
+        frame = pd.read_parquet(source.path)
+    except (OSError, ValueError) as error:
+        reason = re.sub(r"\s+", " ", str(error))
+        raise source.fault("be a readable parquet file", f"reading failed ({reason})") from error
+    missing = [name for name in columns if name not in frame.columns]
+    if missing:
+        raise source.fault(f"have the columns {', '.join(columns)}", f"'{missing[0]}' is absent")
+    if frame.empty:
+        raise source.fault("hold at least one row", "it is empty")
+    for name in _NUMERIC & set(frame.columns):
+        _check_numbers(source, frame[name], optional=name in _KNOCKOUT_EXTRAS)
+    return frame
+
+
+def _check_numbers(source: Source, column: pd.Series, *, optional: bool) -> None:
+    name = column.name
+    if not pd.api.types.is_numeric_dtype(column):
+        raise source.fault(f"hold numbers in column '{name}'", f"found {column.dtype}")
+    if not optional and column.isna().any():
+        raise source.fault(f"hold a number in every row of '{name}'", "one is missing")
+    if name in _UNITS and not column.dropna().between(0, 1).all():
+        raise source.fault(f"hold fractions between 0 and 1 in '{name}'", "one is outside")
+
+
+def _check_inside(source: Source, names: Sequence[str], model: ModelCard) -> None:
+    for name in names:
+        match = COMPONENT.fullmatch(name)
+        layer = int(match["layer"] or match["mlp"]) if match else model.layers
+        head = int(match["head"] or 0) if match else model.heads
+        if layer >= model.layers or head >= model.heads:
+            raise source.fault(
+                f"name components of the model's {model.layers} layers and {model.heads} heads",
+                f"found '{name}'",
+            )

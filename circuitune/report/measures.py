@@ -1,0 +1,220 @@
+"""Averages with intervals from the per-example and per-draw tables of a run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from circuitune.report.records import Estimate, Run
+from circuitune.stats import Interval, bootstrap_mean, bootstrap_means
+
+# One fixed seed: the report is a function of the run directory and nothing else.
+_SEED = 0
+_SETS = ("top", "single_pass", "matched", "random")
+
+
+@dataclass(frozen=True)
+class Point:
+    """Accuracy after removing `k` components.
+
+    Attributes:
+        k: Size of the removed set.
+        accuracy: Fraction of the examples still answered; the mean over draws for random sets.
+        draws: Accuracy of each random set, empty where there is only one set.
+        n: Examples behind each accuracy.
+        logit_diff: Mean logit difference, in logits, where it was measured.
+    """
+
+    k: int
+    accuracy: Estimate
+    draws: tuple[float, ...]
+    n: int
+    logit_diff: float | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy on `task` against the number of components removed, for one kind of set."""
+
+    kind: str
+    task: str
+    points: tuple[Point, ...]
+
+    def at(self, k: int) -> Point | None:
+        """The point at exactly `k`, if it was measured."""
+        return next((point for point in self.points if point.k == k), None)
+
+
+@dataclass(frozen=True)
+class Knockouts:
+    """All knockout curves of one kind of ablation.
+
+    Attributes:
+        curves: By task (the circuit's own first), then by set.
+        ablation: What replaces an output: mean, zero or resample.
+        where: end (the last position) or all.
+    """
+
+    curves: tuple[Curve, ...]
+    ablation: str
+    where: str
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks in order of display."""
+        return tuple(dict.fromkeys(curve.task for curve in self.curves))
+
+    def curve(self, kind: str, task: str) -> Curve | None:
+        """The curve of one kind of set on one task, if it was measured."""
+        found = (curve for curve in self.curves if (curve.kind, curve.task) == (kind, task))
+        return next(found, None)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All averages of a run.
+
+    Attributes:
+        effects: Metric -> component -> mean effect, signed; see `mean_effects`.
+        knockouts: The knockout curves, None before `circuitune validate`.
+    """
+
+    effects: Mapping[str, Mapping[str, Estimate]]
+    knockouts: Knockouts | None
+
+
+def measure(run: Run) -> Measured:
+    """Every average that the report shows, with its interval."""
+    table = run.knockout
+    return Measured(
+        effects=mean_effects(run),
+        knockouts=None if table is None else knockouts(table, run.circuit.task),
+    )
+
+
+def mean_effects(run: Run) -> Mapping[str, Mapping[str, Estimate]]:
+    """Mean effect of each component per metric, with its 95 % bootstrap interval.
+
+    Pairs of one group are resampled together. Signed: negative = supports the answer.
+
+    Returns:
+        Metric -> component -> estimate, in the unit of the metric.
+    """
+    groups = _example_groups(run)
+    return {
+        str(metric): _row_means(
+            part.pivot(index="component", columns="example", values="effect"), groups
+        )
+        for metric, part in run.effects.groupby("metric", sort=False)
+    }
+
+
+def knockouts(frame: pd.DataFrame, task: str) -> Knockouts:
+    """Curves of `knockout.parquet`, of one ablation at one place, mean at END where present.
+
+    Accuracies under different ablations are different quantities, so they are never joined.
+
+    Args:
+        frame: The table as `load` returns it.
+        task: The circuit's own task, which comes first.
+    """
+    kinds = frame.groupby(["ablation", "where"], sort=False).size()
+    ablation, where = ("mean", "end") if ("mean", "end") in kinds.index else kinds.idxmax()
+    frame = frame[(frame["ablation"] == ablation) & (frame["where"] == where)]
+    present = list(frame["task"].unique())
+    tasks = [task] * (task in present) + [name for name in present if name != task]
+    curves = [curve for name in tasks for curve in _task_curves(frame[frame["task"] == name])]
+    return Knockouts(tuple(curves), ablation=str(ablation), where=str(where))
+
+
+def telling_size(curve: Curve) -> int | None:
+    """The smallest `k` with at least 80 % of the largest fall on the curve, None without a fall.
+
+    It only decides which point of the curve the headline quotes; the curve itself is shown whole.
+    """
+    intact = curve.at(0)
+    removed = [point for point in curve.points if point.k > 0]
+    if not removed:
+        return None
+    start = 1.0 if intact is None else intact.accuracy.value
+    largest = max(start - point.accuracy.value for point in removed)
+    if largest <= 0:
+        return removed[-1].k
+    return next(p.k for p in removed if start - p.accuracy.value >= 0.8 * largest)
+
+
+def _example_groups(run: Run) -> Sequence[str] | None:
+    """The group of each measured example, where the pairs tell.
+
+    Effects number the select-half pairs of the circuit's task in the order of `pairs.jsonl`.
+    """
+    used = [p for p in run.pairs if p.split == "select" and p.task == run.circuit.task]
+    groups = [pair.group for pair in used if pair.group is not None]
+    examples = run.effects["example"]
+    return groups if len(groups) == len(used) and examples.max() < len(used) else None
+
+
+def _row_means(table: pd.DataFrame, groups: Sequence[str] | None) -> Mapping[str, Estimate]:
+    """Means of the rows component x example; a row may lack examples that were not measured."""
+    rng = np.random.default_rng(_SEED)
+    labels = None if groups is None else np.array(groups)[table.columns.to_numpy(dtype=int)]
+    values = table.to_numpy(dtype=float)
+    known = np.isfinite(values)
+    whole = known.all(axis=1)
+    found: dict[str, Estimate] = {}
+    if whole.any():
+        intervals = bootstrap_means(values[whole], rng=rng, groups=labels)
+        found = dict(zip(table.index[whole], map(_estimate, intervals), strict=True))
+    for row in np.flatnonzero(~whole & known.any(axis=1)):
+        there = known[row]
+        kept = None if labels is None else labels[there]
+        interval = bootstrap_mean(values[row, there], rng=rng, groups=kept)
+        found[table.index[row]] = _estimate(interval)
+    return found
+
+
+def _estimate(interval: Interval) -> Estimate:
+    if not np.isfinite([interval.low, interval.high]).all():
+        return Estimate(interval.estimate)
+    return Estimate(interval.estimate, interval.low, interval.high)
+
+
+def _task_curves(frame: pd.DataFrame) -> list[Curve]:
+    present = list(frame["set"].unique())
+    kinds = [kind for kind in _SETS if kind in present]
+    kinds += [kind for kind in present if kind not in _SETS]
+    task = str(frame["task"].iloc[0])
+    curves = []
+    intact = _point(frame[frame["k"] == 0].drop_duplicates("k"))
+    for kind in kinds:
+        rows = frame[(frame["set"] == kind) & (frame["k"] > 0)]
+        points = [_point(part) for _, part in rows.groupby("k")]
+        # Without anything removed all sets are the same set.
+        curves.append(Curve(kind, task, tuple(p for p in [intact, *points] if p is not None)))
+    return [curve for curve in curves if any(point.k > 0 for point in curve.points)]
+
+
+def _point(rows: pd.DataFrame) -> Point | None:
+    """The point of all rows of one set and size, None without rows."""
+    if rows.empty:
+        return None
+    accuracy = rows["accuracy"].to_numpy(dtype=float)
+    over_examples = Estimate(
+        float(accuracy.mean()), *(_known_mean(rows[end]) for end in ("low", "high"))
+    )
+    interval = bootstrap_mean(accuracy, rng=np.random.default_rng(_SEED))
+    # Draws that all agree show no spread; then the interval over examples is the honest one.
+    spread = len(rows) > 1 and interval.low < interval.high
+    return Point(
+        k=int(rows["k"].iloc[0]),
+        accuracy=_estimate(interval) if spread else over_examples,
+        draws=tuple(accuracy) if len(rows) > 1 else (),
+        n=int(rows["n"].iloc[0]),
+        logit_diff=_known_mean(rows["logit_diff"]),
+    )
+
+
+def _known_mean(column: pd.Series) -> float | None:
+    mean = column.mean()
+    return None if pd.isna(mean) else float(mean)

@@ -1,0 +1,215 @@
+"""What a run directory says, as frozen records.
+
+`load` makes them, everything else in this package only reads them. A field is None when the
+stage that writes it has not run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval, where the data has one; all three in the same unit."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether both ends of the interval are known."""
+        return self.low is not None and self.high is not None
+
+    def scaled(self, factor: float) -> "Estimate":
+        """The same estimate in another unit; `factor` must be positive."""
+        if self.low is None or self.high is None:
+            return Estimate(self.value * factor)
+        return Estimate(self.value * factor, self.low * factor, self.high * factor)
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """The shape of the model that was measured; `d_*` are widths, `parameters` a count."""
+
+    id: str
+    family: str
+    layers: int
+    heads: int
+    kv_heads: int
+    d_head: int
+    d_model: int
+    parameters: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """How the run was made.
+
+    Attributes:
+        command: The command line that made the run.
+        model: The model card.
+        config: Stage name to its options.
+        versions: Package name to version, circuitune's own included.
+        machine: Free facts about the machine.
+        stages: Stage name to free facts (`hash`, `seconds`, `finished`), in the order they ran.
+    """
+
+    command: str
+    model: ModelCard
+    config: Mapping[str, Mapping[str, object]]
+    versions: Mapping[str, str]
+    machine: Mapping[str, object]
+    stages: Mapping[str, Mapping[str, object]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One clean prompt and its corrupt twin; `split` is select or test.
+
+    Pairs of one `group` are not independent, so intervals resample them together.
+    """
+
+    clean: str
+    corrupt: str
+    answer: str
+    task: str
+    template: str
+    split: str
+    group: str | None
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A prompt prefix that was tried; `accuracy` is a fraction of `n` problems."""
+
+    text: str
+    accuracy: Estimate
+    n: int
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class TaskSelection:
+    """How many problems of one task the model answers, and how many pairs were kept."""
+
+    task: str
+    tried: int
+    correct: int
+    rate: Estimate
+    select: int
+    test: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the pairs were chosen."""
+
+    prefixes: tuple[Prefix, ...]
+    answer_policy: str
+    tasks: tuple[TaskSelection, ...]
+
+
+@dataclass(frozen=True)
+class RankedComponent:
+    """A component in a ranking; the effect is signed, negative = supports the answer.
+
+    Attributes:
+        id: `12.3` for a head, `mlp.7` for an MLP.
+        effect: In the unit of the ranking's metric.
+        round: The round of the iterated ranking that chose it, from 1; None in a single pass.
+    """
+
+    id: str
+    effect: Estimate
+    round: int | None = None
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this is an attention head rather than an MLP."""
+        return not self.id.startswith("mlp.")
+
+
+@dataclass(frozen=True)
+class SinglePass:
+    """The ranking by one sweep, as in the paper; heads below `key_cut` are its key heads."""
+
+    metric: str
+    components: tuple[RankedComponent, ...]
+    key_cut: float | None
+    key_heads: int | None
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """The chosen components, most important first; `rule` is free text by field."""
+
+    components: tuple[RankedComponent, ...]
+    rule: Mapping[str, object]
+    metric: str
+    task: str
+    single_pass: SinglePass | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One measured number of one model variant, over `n` examples."""
+
+    task: str
+    variant: str
+    metric: str
+    estimate: Estimate
+    n: int
+
+
+@dataclass(frozen=True)
+class TunedVariant:
+    """What one tuning run trained; `share` is the fraction of all parameters.
+
+    `loss_first` and `loss_last` are nats per supervised token.
+    """
+
+    name: str
+    components: tuple[str, ...]
+    parameters: int
+    share: float
+    steps: int
+    lr: float
+    seconds: float
+    tokens_per_second: float | None
+    loss_first: float | None
+    loss_last: float | None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """All tuned variants and the rule that chose their components."""
+
+    variants: tuple[TunedVariant, ...]
+    rule: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole run directory.
+
+    Attributes:
+        path: The directory as the user wrote it.
+        effects: Columns `component`, `layer`, `example`, `metric`, `effect`.
+        knockout: Columns `set`, `k`, `draw`, `ablation`, `where`, `task`, `accuracy`, `n`,
+            `low`, `high`, `logit_diff`; the last three may hold NaN.
+    """
+
+    path: Path
+    manifest: Manifest
+    pairs: tuple[Pair, ...]
+    selection: Selection | None
+    effects: pd.DataFrame
+    circuit: Circuit
+    knockout: pd.DataFrame | None
+    tuning: Tuning | None
+    evaluations: tuple[Evaluation, ...] | None

@@ -1,0 +1,71 @@
+"""The summary of a run in a terminal."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from circuitune.report.format import Cell
+from circuitune.report.summary import Summary
+from circuitune.report.tables import Sentence, Table
+
+_COLOURS = {"top": "bold dark_orange3", "control": "bold dodger_blue2", "": ""}
+
+
+def render(summary: Summary) -> RenderableType:
+    """The headline, the main tables and what is left to run, for `rich.console.Console.print`."""
+    parts: list[RenderableType] = [Rule(Text(summary.title, style="bold")), Text()]
+    for line in summary.headline:
+        parts += [_sentence(line), Text()]
+    located = (summary.pairs, summary.ranking, summary.single_pass)
+    tuning = summary.tuning and summary.tuning.transposed()
+    for table in (*located, summary.knockout, summary.other_tasks, tuning):
+        if table is not None:
+            parts += [_FittedTable(table), Text()]
+    for step in summary.steps:
+        parts.append(Text.assemble(("next  ", "dim"), (step.command, "bold")))
+        parts.append(Padding(Text(step.gives, style="dim"), (0, 0, 0, 6)))
+    return Group(*parts)
+
+
+@dataclass(frozen=True)
+class _FittedTable:
+    """A table that puts intervals below their values where the terminal is narrow."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
+        wide = _drawn(self.table, between=" ")
+        fits = Measurement.get(console, options.update(width=10_000), wide).maximum
+        yield wide if fits <= options.max_width else _drawn(self.table, between="\n")
+
+
+def _drawn(table: Table, *, between: str) -> RichTable:
+    drawn = RichTable(
+        title=Text(table.title, style="bold"),
+        title_justify="left",
+        caption=Text(table.note, style="dim") if table.note else None,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for column in table.columns:
+        drawn.add_column(Text(column.label), justify="right" if column.numeric else "left")
+    for line in table.rows:
+        cells = (_cell(cell, between) for cell in line.cells)
+        drawn.add_row(*cells, style="bold" if line.strong else "")
+    return drawn
+
+
+def _cell(cell: Cell, between: str) -> Text:
+    return Text.assemble(cell.text, (between + cell.interval if cell.interval else "", "dim"))
+
+
+def _sentence(line: Sentence) -> Text:
+    return Text.assemble(*((phrase.text, _COLOURS[phrase.role]) for phrase in line.phrases))

@@ -59,6 +59,7 @@ class TuneConfig:
     batch_size: int = option(32, "Problems per step.")
     learning_rate: float = option(1e-3, "Peak learning rate of AdamW (linear decay).")
     weight_decay: float = option(0.0, "Decay of the deltas, that is towards the base weights.")
+    keep: float = option(1.0, "Weight of the KL to the base on plain text; 0 turns it off.")
     tune_operators: tuple[str, ...] = option(("add", "sub", "mul"), "Operators that are trained.")
     digits: int = option(2, "Most digits of an operand.")
     precision: str = option("auto", "float32, bfloat16, or auto: bfloat16 where it is fast.")

@@ -6,7 +6,6 @@ Every number has an interval, every comparison is paired: the same problems, the
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,16 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from tqdm.auto import tqdm
-from transformers import DynamicCache
+from transformers import GenerationConfig
 
 from circuitune.config import EvaluateConfig
 from circuitune.errors import UserError
 from circuitune.models import Model
-from circuitune.pairs import PairSet, Writing, encode_text
+from circuitune.pairs import PairSet, Writing, encode_text, pad, shipped_paragraphs
+from circuitune.patching import pad_left, similar_lengths, unembed
 from circuitune.problems import Problem, completion
 from circuitune.runs import write_json
+from circuitune.sites import resume, states_entering
 from circuitune.slices import Delta, load_delta, merged
 from circuitune.stats import (
     Interval,
@@ -32,7 +33,8 @@ from circuitune.stats import (
 from circuitune.tune import TEST_RESERVE, held_out_problems
 
 PROMPTS_PER_BATCH = 64
-NEW_TOKENS = 6  # answers have at most three digits here, and a line break follows
+TEXTS_PER_BATCH = 8
+NEW_TOKENS = 5  # at most three digits, after a space perhaps, and what ends the number
 # The number that an answer starts with, unless it goes on as a decimal fraction.
 ANSWER = re.compile(r"\s*(-?\d+)(?!\d|[.,]\d)")
 
@@ -47,24 +49,24 @@ def read_answer(text: str) -> int | None:
 def generate(
     model: Model, prompts: Sequence[Sequence[int]], *, new_tokens: int = NEW_TOKENS
 ) -> list[str]:
-    """Greedy continuations, batched by prompt length with a key-value cache."""
+    """Greedy continuations by Hugging Face's ``generate``, prompts of similar length together."""
     texts = [""] * len(prompts)
-    by_length: dict[int, list[int]] = {}
-    for place, tokens in enumerate(prompts):
-        by_length.setdefault(len(tokens), []).append(place)
-    for places in by_length.values():
-        for first in range(0, len(places), PROMPTS_PER_BATCH):
-            chosen = places[first : first + PROMPTS_PER_BATCH]
-            current = torch.tensor([list(prompts[p]) for p in chosen], device=model.device)
-            cache = DynamicCache(config=model.hf.config)
-            steps = []
-            for _ in range(new_tokens):
-                output = model.hf(current, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                current = output.logits[:, -1].argmax(dim=-1, keepdim=True)
-                steps.append(current)
-            decoded = model.tokenizer.batch_decode(torch.cat(steps, dim=1))
-            for place, text in zip(chosen, decoded, strict=True):
-                texts[place] = text
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=model.tokenizer.eos_token_id,
+        pad_token_id=model.tokenizer.eos_token_id or 0,
+    )
+    for places in similar_lengths([len(tokens) for tokens in prompts], PROMPTS_PER_BATCH):
+        tokens, mask = pad_left([prompts[place] for place in places])
+        output = model.hf.generate(
+            tokens.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+        )
+        decoded = model.tokenizer.batch_decode(output[:, tokens.shape[1] :])
+        for place, text in zip(places, decoded, strict=True):
+            texts[place] = text
     return texts
 
 
@@ -79,20 +81,19 @@ def exact_match(
 
 
 def retention_text(path: str | None) -> list[str]:
-    """Paragraphs of a text file, one a line; by default 200 that ship with circuitune.
+    """Paragraphs of a text file, one a line; by default shipped ones that training never sees.
 
     Raises:
         UserError: the file is absent or holds fewer than ten paragraphs.
     """
     if path is None:
-        text = resources.files("circuitune").joinpath("data/retention.txt").read_text("utf-8")
-    else:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"--retention must be a readable text file, {path} is not ({error}); check it."
-            ) from error
+        return shipped_paragraphs()[1::2]  # training may see the others
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--retention must be a readable text file, {path} is not ({error}); check it."
+        ) from error
     paragraphs = [line.strip() for line in text.splitlines() if len(line.split()) >= 10]
     if len(paragraphs) < 10:
         raise UserError(
@@ -102,13 +103,9 @@ def retention_text(path: str | None) -> list[str]:
     return paragraphs
 
 
-def _log_probs(model: Model, tokens: torch.Tensor) -> Float[torch.Tensor, "batch token vocab"]:
-    return model.hf(tokens, use_cache=False).logits[:, :-1].float().log_softmax(dim=-1)
-
-
 @torch.no_grad()
 def drift(
-    model: Model, deltas: Mapping[str, Delta], paragraphs: Sequence[str], *, width: int = 128
+    model: Model, deltas: Mapping[str, Delta], paragraphs: Sequence[str], *, width: int = 64
 ) -> dict[str, Float[np.ndarray, "paragraph quantity"]]:
     """Loss and KL of every variant on plain text, per paragraph.
 
@@ -124,21 +121,33 @@ def drift(
     """
     rows = [encode_text(model.tokenizer, text)[:width] for text in paragraphs]
     result = {name: np.zeros((len(rows), 3)) for name in ("base", *deltas)}
-    by_length: dict[int, list[int]] = {}
-    for place, row in enumerate(rows):
-        by_length.setdefault(len(row), []).append(place)
-    groups = [places[i : i + 8] for places in by_length.values() for i in range(0, len(places), 8)]
+    shared = min((delta.lowest_layer for delta in deltas.values()), default=0)
+    groups = similar_lengths([len(row) for row in rows], TEXTS_PER_BATCH)
     for places in tqdm(groups, desc="retention", disable=None, leave=False):
-        tokens = torch.tensor([rows[place] for place in places], device=model.device)
-        base = _log_probs(model, tokens)
+        # Padding on the right reaches nothing under a causal mask.
+        tokens = pad([rows[place] for place in places], 0).to(model.device)
+        real = pad([[1] * (len(rows[place]) - 1) for place in places], 0).to(model.device)
+        entering = states_entering(model, shared, tokens)
+        base = _log_probs(model, tokens, shared, entering)
         for name in result:
-            with variant(model, deltas.get(name)):
-                own = base if name == "base" else _log_probs(model, tokens)
-            loss = -own.gather(-1, tokens[:, 1:, None])[..., 0].sum(dim=1)
-            kl = (base.exp() * (base - own)).sum(dim=(1, 2))
-            count = torch.full_like(loss, tokens.shape[1] - 1)
-            result[name][places] = torch.stack([count, loss, kl], dim=1).cpu().double().numpy()
+            own = base
+            if name != "base":
+                with merged(model, deltas[name]):
+                    own = _log_probs(model, tokens, shared, entering)
+            loss = -own.gather(-1, tokens[:, 1:, None])[..., 0]
+            kl = (base.exp() * (base - own)).sum(dim=-1)
+            sums = [(values * real).sum(dim=1) for values in (torch.ones_like(loss), loss, kl)]
+            result[name][places] = torch.stack(sums, dim=1).cpu().double().numpy()
     return result
+
+
+def _log_probs(
+    model: Model, tokens: torch.Tensor, layer: int, entering: torch.Tensor
+) -> Float[torch.Tensor, "batch token vocab"]:
+    """Next-token log probabilities from the states that enter a layer."""
+    with resume(model, layer, entering):
+        final = model.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    return unembed(model, final[:, :-1]).log_softmax(dim=-1)
 
 
 @contextmanager

@@ -17,12 +17,14 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from circuitune.config import PairsConfig
@@ -33,8 +35,8 @@ from circuitune.problems import Operator, Problem, enumerate_problems, split_gro
 from circuitune.stats import proportion
 
 Split = Literal["select", "test"]
-PREFIXES = ("", "\n", "Math:\n", "Here is a sum: ", "Calculate:\n", "Answer the question.\n")
-PROBE_PROMPTS = 48
+PREFIXES = ("", "\n", "Math:\n", "Calculate:\n", "Here is a problem: ", "Answer the question.\n")
+PROBE_PROMPTS = 96
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,18 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a prompt, with the tokenizer's BOS where it adds one, without EOS."""
     ids = tokenizer(text).input_ids
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def shipped_paragraphs() -> list[str]:
+    """The 200 paragraphs of plain English that ship with circuitune."""
+    text = resources.files("circuitune").joinpath("data/retention.txt").read_text("utf-8")
+    return text.splitlines()
+
+
+def pad(rows: Sequence[Sequence[int]], fill: int) -> Int[Tensor, "batch token"]:
+    """Right-pad lists to a rectangle; under a causal mask the padding reaches nothing."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
 
 def encode(

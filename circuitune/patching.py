@@ -41,13 +41,26 @@ REPLAY_ROWS = 1024
 PROMPTS_PER_BATCH = 64
 
 
+def wide(values: Tensor) -> Tensor:
+    """At least float32: effects are differences of near-equal numbers."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of equal length: their places in the list, their cache, and their last token."""
+    """Prompts that run together, padded on the left so that END is the last position of all.
+
+    Attributes:
+        places: where the prompts stand in the caller's list.
+        cache: keys and values of all positions but END.
+        last: the last token of each prompt.
+        inputs: attention mask and position ids for END; empty when the lengths are equal.
+    """
 
     places: list[int]
     cache: DynamicCache
     last: Int[Tensor, "example 1"]
+    inputs: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class EndStates:
-    """What passes END of every prompt, float32.
+    """What passes END of every prompt, in float32 or the model's own wider type.
 
     Attributes:
         z: head outputs side by side, per layer.
@@ -102,23 +115,48 @@ class EndStates:
 
 @torch.no_grad()
 def prefill(model: Model, prompts: Sequence[Sequence[int]]) -> Prompts:
-    """Compute keys and values of all tokens but the last, in batches of equal length.
+    """Compute keys and values of all tokens but the last, prompts of similar length together.
 
-    No padding is used, so results do not depend on how prompts are batched or padded.
+    Results do not depend on the order or the batching of the prompts beyond float rounding.
     """
-    by_length: dict[int, list[int]] = {}
-    for place, tokens in enumerate(prompts):
-        by_length.setdefault(len(tokens), []).append(place)
     batches = []
-    for _, places in sorted(by_length.items()):
-        for start in range(0, len(places), PROMPTS_PER_BATCH):
-            chosen = places[start : start + PROMPTS_PER_BATCH]
-            tokens = torch.tensor([list(prompts[place]) for place in chosen], device=model.device)
-            cache = DynamicCache(config=model.hf.config)
-            if tokens.shape[1] > 1:
-                model.hf.base_model(tokens[:, :-1], past_key_values=cache, use_cache=True)
-            batches.append(Batch(chosen, cache, tokens[:, -1:]))
+    for places in similar_lengths([len(tokens) for tokens in prompts], PROMPTS_PER_BATCH):
+        tokens, mask = pad_left([prompts[place] for place in places])
+        tokens, mask = tokens.to(model.device), mask.to(model.device)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        ragged = not bool(mask.all())
+        before = {"attention_mask": mask[:, :-1], "position_ids": positions[:, :-1]}
+        at_end = {"attention_mask": mask, "position_ids": positions[:, -1:]}
+        cache = DynamicCache(config=model.hf.config)
+        if tokens.shape[1] > 1:
+            model.hf.base_model(
+                tokens[:, :-1], past_key_values=cache, use_cache=True, **(before if ragged else {})
+            )
+        batches.append(Batch(places, cache, tokens[:, -1:], at_end if ragged else {}))
     return Prompts(tuple(batches), len(prompts))
+
+
+def similar_lengths(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Places of at most ``most`` items, sorted by length, none over twice as long as another."""
+    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
+    groups: list[list[int]] = []
+    for place in order:
+        fits = groups and len(groups[-1]) < most
+        if fits and lengths[place] <= 2 * lengths[groups[-1][0]]:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]],
+) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token"]]:
+    """Token ids padded on the left with zeros, and the attention mask."""
+    width = max(len(row) for row in rows)
+    tokens = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return tokens, mask
 
 
 @torch.no_grad()
@@ -138,7 +176,7 @@ def end_states(
         with intervene(model, edits or {}), record(model) as trace:
             final = _run_end(model, batch)
         parts = (trace.z, trace.attention, trace.mlp, trace.entry)
-        kept.append((*(torch.stack(part).float() for part in parts), final.float()))
+        kept.append((*(wide(torch.stack(part)) for part in parts), wide(final)))
         calls = trace.calls
     order = torch.tensor([place for batch in prompts.batches for place in batch.places]).argsort()
     z, attention, mlp, entry = (
@@ -150,7 +188,7 @@ def end_states(
 def _run_end(model: Model, batch: Batch) -> Float[Tensor, "example d_model"]:
     """Final hidden state of END; the cache is copied, since a forward pass extends it."""
     output = model.hf.base_model(
-        batch.last, past_key_values=copy.deepcopy(batch.cache), use_cache=True
+        batch.last, past_key_values=copy.deepcopy(batch.cache), use_cache=True, **batch.inputs
     )
     return output.last_hidden_state[:, -1]
 
@@ -169,18 +207,18 @@ def unembed(
         trunk = BaseModelOutputWithPast(last_hidden_state=flat)
         stack.enter_context(substitute(model.hf.base_model, trunk))
         if tokens is not None:
-            rows = embedding.weight[list(tokens)].float()
-            bias = None if embedding.bias is None else embedding.bias[list(tokens)].float()
+            rows = wide(embedding.weight[list(tokens)])
+            bias = None if embedding.bias is None else wide(embedding.bias[list(tokens)])
 
             def project(values: Tensor) -> Tensor:
-                return torch.nn.functional.linear(values.float(), rows, bias)
+                return torch.nn.functional.linear(values.to(rows.dtype), rows, bias)
 
             stack.enter_context(substitute(embedding, project))
         else:
             flat = trunk.last_hidden_state = flat.to(embedding.weight.dtype)
         placeholder = torch.zeros(1, flat.shape[1], dtype=torch.long, device=flat.device)
         logits = model.hf(input_ids=placeholder, use_cache=False).logits
-    return logits.float().reshape(*hidden.shape[:-1], -1)
+    return wide(logits).reshape(*hidden.shape[:-1], -1)
 
 
 @torch.no_grad()
@@ -211,6 +249,8 @@ def direct_effects(
     for layer in tqdm(range(model.layers), desc="sweep", disable=None, leave=False):
         _replay(model, clean, layer, state[:active])
         here = [part for part in rows if part.layer == layer]
+        if not here:
+            continue
         state[active : active + len(here)] = _start_rows(model, clean, corrupt, here)
         active += len(here)
     hidden = torch.cat([_final_norm(model, part) for part in _chunks(state)])
@@ -232,7 +272,7 @@ def _chunks(state: Float[Tensor, "sender example d_model"]) -> Iterable[Tensor]:
 
 def _final_norm(model: Model, state: Tensor) -> Tensor:
     norm = model.final_norm
-    return norm(state.to(next(norm.parameters()).dtype)).float()
+    return wide(norm(state.to(next(norm.parameters()).dtype)))
 
 
 def _replay(
@@ -272,7 +312,7 @@ def _start_heads(
         width = slice(head.index * model.d_head, (head.index + 1) * model.d_head)
         z[row, :, width] = corrupt.z[layer][:, width]
     out = model.part(layer, model.family.out)
-    attention = out(z.to(out.weight.dtype)).float()
+    attention = wide(out(z.to(out.weight.dtype)))
     entry = clean.entry[layer].expand(len(heads), -1, -1)
     return _run_layer(model, clean, layer, entry, attention)
 
@@ -298,4 +338,4 @@ def _run_layer(
         if mlp is not None:
             stack.enter_context(substitute(model.part(layer, model.family.mlp), mlp.to(dtype)))
         output = module(rows.to(dtype), *args, **kwargs)
-    return (output[0] if isinstance(output, tuple) else output).float()
+    return wide(output[0] if isinstance(output, tuple) else output)

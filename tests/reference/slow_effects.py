@@ -1,0 +1,59 @@
+"""Direct effects the slow way: one full hooked forward pass per sender and prompt.
+
+Nothing is shared with the fast sweep: no cache, no batching, no replay, plain torch hooks, the
+full prompt and the full vocabulary each time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from circuitune.components import Component, Head
+from circuitune.models import Model
+
+
+def run_with(model: Model, tokens: list[int], z_at: dict[int, Tensor], mlp_at: dict[int, Tensor]):
+    """Logits at END; z and MLP outputs at END overwritten. Also what passed END, per layer."""
+    seen: dict[str, dict[int, Tensor]] = {"z": {}, "mlp": {}}
+    handles = []
+    for layer in range(model.layers):
+
+        def on_z(_, args, layer=layer):
+            z = args[0].clone()
+            if layer in z_at:
+                z[0, -1] = z_at[layer]
+            seen["z"][layer] = z[0, -1].clone()
+            return (z,)
+
+        def on_mlp(_, __, output, layer=layer):
+            output = output.clone()
+            if layer in mlp_at:
+                output.view(1, len(tokens), -1)[0, -1] = mlp_at[layer]
+            seen["mlp"][layer] = output.view(1, len(tokens), -1)[0, -1].clone()
+            return output
+
+        handles.append(model.part(layer, model.family.out).register_forward_pre_hook(on_z))
+        handles.append(model.part(layer, model.family.mlp).register_forward_hook(on_mlp))
+    with torch.no_grad():
+        logits = model.hf(torch.tensor([tokens], device=model.device), use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return logits[0, -1], seen["z"], seen["mlp"]
+
+
+def slow_patched_logits(
+    model: Model, clean: list[int], corrupt: list[int], sender: Component, candidates: Sequence[int]
+) -> Tensor:
+    """Candidate logits of the clean prompt with one sender patched and every other head held."""
+    _, z_clean, _ = run_with(model, clean, {}, {})
+    _, z_corrupt, mlp_corrupt = run_with(model, corrupt, {}, {})
+    z = {layer: value.clone() for layer, value in z_clean.items()}
+    mlp = {}
+    if isinstance(sender, Head):
+        width = slice(sender.index * model.d_head, (sender.index + 1) * model.d_head)
+        z[sender.layer][width] = z_corrupt[sender.layer][width]
+    else:
+        mlp[sender.layer] = mlp_corrupt[sender.layer]
+    logits, _, _ = run_with(model, clean, z, mlp)
+    return logits[list(candidates)]

@@ -25,8 +25,8 @@ from circuitune.runs import write_json
 KEY_CUT = -0.05
 # Ranks are added in growing steps: late ranks matter less and each round costs a sweep.
 ROUND_SIZES = (1, 1, 1, 2, 3, 5, 8, 13, 21)
-# The knockout curve is flat once a round changes the survivors by less than this share.
-FLAT = 0.02
+# The knockout curve is flat from where it stays within this share of its lowest point.
+FLAT = 0.05
 
 
 @dataclass(frozen=True)

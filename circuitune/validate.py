@@ -25,7 +25,7 @@ from circuitune.locate import Task, prepare
 from circuitune.models import Model
 from circuitune.pairs import PairSet
 from circuitune.patching import end_states, unembed
-from circuitune.stats import clustered_proportion
+from circuitune.stats import Interval, clustered_proportion
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,8 @@ def validate(model: Model, config: ValidateConfig, run: Path, work: Path) -> Non
         groups = tasks[name].pairs.groups
         rng = np.random.default_rng(config.seed)
         share = clustered_proportion(hits.astype(float), rng=rng, groups=groups)
+        if knockout.k == 0 and hits.all():  # by selection, not by sampling
+            share = Interval(1.0, 1.0, 1.0, len(hits))
         rows.append(
             {
                 "set": knockout.kind,

@@ -195,6 +195,7 @@ def _circuit(effects: pd.DataFrame, task: str, model: str) -> dict[str, object]:
         part.update({key: part[key] * scale for key in ("estimate", "low", "high")})
     return {
         "components": chosen,
+        "size": 3,
         "rule": {
             "name": "iterated path patching",
             "metric": "logit_diff",

@@ -44,7 +44,7 @@ def _located(run: Run) -> Sentence:
 def _knocked_out(run: Run, curves: Knockouts) -> Sentence | None:
     task = run.circuit.task
     top = curves.curve("top", task)
-    k = telling_size(top) if top else None
+    k = run.circuit.size if top and top.at(run.circuit.size) else top and telling_size(top)
     point = top.at(k) if top and k is not None else None
     if top is None or point is None:
         return None

@@ -175,9 +175,12 @@ def _ranked(item: Item) -> RankedComponent:
 def _circuit(source: Source) -> Circuit:
     top = source.item(source.parse(source.text()))
     rule = top.mapping("rule")
+    components = tuple(_ranked(item) for item in top.children("components"))
+    size = top.optional_number("size")
     single = top.child("single_pass") if top.values.get("single_pass") is not None else None
     return Circuit(
-        components=tuple(_ranked(item) for item in top.children("components")),
+        components=components,
+        size=len(components) if size is None else int(size),
         rule=rule,
         metric=str(rule.get("metric", "logit_diff")),
         task=top.text("task"),

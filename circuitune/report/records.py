@@ -146,9 +146,13 @@ class SinglePass:
 
 @dataclass(frozen=True)
 class Circuit:
-    """The chosen components, most important first; `rule` is free text by field."""
+    """The ranked components, most important first; `rule` is free text by field.
+
+    `size` of them, from the top, make the circuit; the rest is ranked for the curves.
+    """
 
     components: tuple[RankedComponent, ...]
+    size: int
     rule: Mapping[str, object]
     metric: str
     task: str

@@ -153,7 +153,7 @@ def test_headline_follows_the_knockout_table(run: Path) -> None:
         return table
 
     edit_table(run / "knockout.parquet", halve)
-    assert "Removing 1 of 270 heads" in headline(run)
+    assert "Removing 3 of 270 heads" in headline(run)
     assert "to 25 % [21, 31];" in headline(run)
     assert "to 25 % [21, 31];" not in before
 

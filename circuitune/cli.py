@@ -8,10 +8,11 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -35,6 +36,8 @@ IMPLEMENTATION: dict[str, tuple[str, type]] = {
     "tune": ("circuitune.tune:tune", configs.TuneConfig),
     "evaluate": ("circuitune.evaluate:evaluate", configs.EvaluateConfig),
 }
+
+SELFTEST = "circuitune.selftest"
 
 ModelName = Annotated[
     str, typer.Argument(help="Hub id, checkpoint folder, .gguf file, or package:NAME.")
@@ -62,7 +65,10 @@ class LoadedModel:
         if self._model is None:
             say(f"loading {self.name}")
             models = importlib.import_module("circuitune.models")
-            self._model = models.load(self.name, **self.options)
+            model = models.load(self.name, **self.options)
+            if not model.family.proven:
+                say(f"unknown architecture: {importlib.import_module(SELFTEST).prove(model)}")
+            self._model = model
         return self._model
 
 
@@ -96,7 +102,7 @@ def stage_options(values: dict[str, Any], *names: str) -> list[Any]:
     for name in names:
         config_class = IMPLEMENTATION[name][1]
         known = {item.name for item in fields(config_class)}
-        section = dict(recipe.get(name, {}))
+        section = recipe.get(name) or {}
         chosen = {key: value for key, value in given.items() if key in known}
         built.append(configs.overrides(config_class, section | chosen))
     return built
@@ -106,22 +112,32 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Read a YAML recipe: one section per stage.
 
     Raises:
-        UserError: the file is absent, not YAML, or has an unknown section.
+        UserError: the file is absent, not YAML, or has an unknown or malformed section.
     """
     import yaml
 
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
-            f"--config must be a readable YAML file, {path} is not ({error})."
+            f"--config must be a readable YAML file, {path} is not ({error}); correct the file."
         ) from error
-    unknown = set(recipe) - set(IMPLEMENTATION) if isinstance(recipe, dict) else {path.name}
-    if unknown:
+    if not isinstance(recipe, dict):
         raise UserError(
-            f"--config must have the sections {', '.join(IMPLEMENTATION)}, found "
-            f"{', '.join(map(str, sorted(unknown)))}; correct the file."
+            f"--config must hold sections with options, {path} holds {recipe!r}; put the options "
+            f"under {', '.join(IMPLEMENTATION)}."
         )
+    for name, section in recipe.items():
+        if name not in IMPLEMENTATION:
+            raise UserError(
+                f"--config must have the sections {', '.join(IMPLEMENTATION)}, found {name!r}; "
+                "correct the file."
+            )
+        if not isinstance(section, dict | None):
+            raise UserError(
+                f"A section of --config must hold options, {name} holds {section!r}; write "
+                "`option: value` below it."
+            )
     return recipe
 
 
@@ -144,8 +160,7 @@ def with_options(*stages: str) -> Callable[[Callable[..., None]], Callable[..., 
             values = {key: arguments.pop(key) for key in flags}
             for key, item in flags.items():
                 if isinstance(item.default, tuple) and values[key] is not None:
-                    kind = type(item.default[0])
-                    values[key] = tuple(kind(part) for part in str(values[key]).split(","))
+                    values[key] = _split(values[key], get_args(item.type)[0])
             function(**arguments, values=values)
 
         extra = [
@@ -165,6 +180,15 @@ def with_options(*stages: str) -> Callable[[Callable[..., None]], Callable[..., 
     return decorate
 
 
+def _split(text: str, kind: type) -> tuple[Any, ...]:
+    """Parts of a comma-separated flag; what is not of the kind stays text and is refused later."""
+    parts = tuple(part.strip() for part in text.split(","))
+    try:
+        return tuple(kind(part) for part in parts)
+    except ValueError:
+        return parts
+
+
 def _flag_type(default: Any) -> type:
     return str if default is None or isinstance(default, tuple) else type(default)
 
@@ -182,10 +206,24 @@ def _open(run: Path) -> LoadedModel:
     return LoadedModel(manifest["model"]["id"], manifest["load"])
 
 
-def _create(model: str, out: Path, device: str, dtype: str) -> LoadedModel:
+@contextmanager
+def _create(model: str, out: Path, device: str, dtype: str) -> Iterator[LoadedModel]:
     options = {"device": device, "dtype": dtype}
-    runs.create(out, model, options, runs.command_line())
-    return LoadedModel(model, options)
+    with runs.opened(out, model, options, runs.command_line()):
+        yield LoadedModel(model, options)
+
+
+@app.command("check")
+def check(model: ModelName, device: Device = "auto", dtype: Dtype = "float32") -> None:
+    """Before you start: family, self-test, digits, prompt prefix, memory and time of a sweep."""
+    loaded = LoadedModel(model, {"device": device, "dtype": dtype})()
+    facts = loaded.describe()
+    typer.echo("  ".join(f"{name} {value}" for name, value in facts.items()))
+    report = importlib.import_module(SELFTEST).prove(loaded)
+    typer.echo(f"self-test passed: {report}")
+    pairs = importlib.import_module("circuitune.pairs")
+    for line in pairs.preflight(loaded, configs.PairsConfig()):
+        typer.echo(line)
 
 
 @app.command("run")
@@ -201,9 +239,9 @@ def run_all(
     """Everything in order: pairs, locate, validate, tune, evaluate, report."""
     names = tuple(IMPLEMENTATION)
     options = stage_options(values | {"config": config}, *names)
-    loaded = _create(model, out, device, dtype)
-    for name, option in zip(names, options, strict=True):
-        run_stage(name, out, option, loaded)
+    with _create(model, out, device, dtype) as loaded:
+        for name, option in zip(names, options, strict=True):
+            run_stage(name, out, option, loaded)
     report(out)
 
 
@@ -219,9 +257,9 @@ def locate_command(
 ) -> None:
     """Make pairs, measure every head and MLP, choose the circuit. Makes the run directory."""
     pairs, locate = stage_options(values | {"config": config}, "pairs", "locate")
-    loaded = _create(model, out, device, dtype)
-    run_stage("pairs", out, pairs, loaded)
-    run_stage("locate", out, locate, loaded)
+    with _create(model, out, device, dtype) as loaded:
+        run_stage("pairs", out, pairs, loaded)
+        run_stage("locate", out, locate, loaded)
 
 
 @app.command("validate")
@@ -267,5 +305,6 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        say(f"circuitune: {error}")
+        # Messages quote other libraries, whose own messages may have several lines.
+        say(f"circuitune: {' '.join(line.strip() for line in str(error).splitlines())}")
         sys.exit(2)

@@ -4,15 +4,17 @@ This file imports nothing heavy, so that ``circuitune --help`` is instant. A fie
 same in every stage that has it; its help text gives the unit and the off-value.
 """
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, get_args
 
 from circuitune.errors import UserError
 
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with its one-line help text."""
-    return field(default=default, metadata={"help": text})
+
+def option(default: Any, text: str, *, least: int | None = None) -> Any:
+    """A dataclass field with its one-line help text and, for a number, its least value."""
+    return field(default=default, metadata={"help": text, "least": least})
 
 
 @dataclass(frozen=True)
@@ -23,79 +25,94 @@ class PairsConfig:
         ("add", "sub", "mul", "div"),
         "Operators; the first one is the task that heads are chosen on.",
     )
-    per_split: int = option(72, "Most pairs per operator in each half (select, test).")
+    per_split: int = option(72, "Most pairs per operator in each half (select, test).", least=8)
     prefix: str | None = option(
         None, "Text before every prompt; by default the best of a few is kept."
     )
     pairs: str | None = option(None, "Your own pairs (JSON lines: clean, corrupt, answer) instead.")
     correct_only: bool = option(False, "With --pairs: keep only pairs that the model answers.")
-    seed: int = option(0, "Seed of every random choice.")
+    seed: int = option(0, "Seed of every random choice.", least=0)
 
 
 @dataclass(frozen=True)
 class LocateConfig:
     """Measure the direct effect of every head and MLP and choose a circuit."""
 
-    most: int = option(13, "Most heads that the iterated selection ranks.")
-    draws: int = option(2000, "Bootstrap draws behind each interval.")
-    seed: int = option(0, "Seed of every random choice.")
+    most: int = option(13, "Most heads that the iterated selection ranks.", least=1)
+    draws: int = option(2000, "Bootstrap draws behind each interval.", least=100)
+    seed: int = option(0, "Seed of every random choice.", least=0)
 
 
 @dataclass(frozen=True)
 class ValidateConfig:
     """Knock out the top k heads, and random heads as a control, on the held-out half."""
 
-    sizes: tuple[int, ...] = option((1, 2, 3, 5, 8, 13), "Numbers of heads to knock out.")
-    controls: int = option(10, "Random sets per size, of each kind (layer-matched, anywhere).")
-    seed: int = option(0, "Seed of every random choice.")
+    sizes: tuple[int, ...] = option((1, 2, 3, 5, 8, 13), "Numbers of heads to knock out.", least=1)
+    controls: int = option(
+        10, "Random sets per size, of each kind (layer-matched, anywhere).", least=0
+    )
+    seed: int = option(0, "Seed of every random choice.", least=0)
 
 
 @dataclass(frozen=True)
 class TuneConfig:
     """Tune only slices of the chosen heads, and of random heads as a control."""
 
-    heads: int = option(5, "Number of heads to tune.")
-    steps: int = option(150, "Optimiser steps.")
-    batch_size: int = option(32, "Problems per step.")
-    learning_rate: float = option(1e-3, "Peak learning rate of AdamW (linear decay).")
-    weight_decay: float = option(0.0, "Decay of the deltas, that is towards the base weights.")
-    keep: float = option(1.0, "Weight of the KL to the base on plain text; 0 turns it off.")
+    heads: int = option(5, "Number of heads to tune.", least=1)
+    steps: int = option(150, "Optimiser steps.", least=1)
+    batch_size: int = option(32, "Problems per step.", least=1)
+    learning_rate: float = option(3e-3, "Peak learning rate of AdamW (linear decay).", least=0)
+    weight_decay: float = option(
+        0.0, "Decay of the deltas, that is towards the base weights.", least=0
+    )
+    keep: float = option(
+        8.0, "Weight of the KL to the base on plain text; 0 turns it off.", least=0
+    )
     tune_operators: tuple[str, ...] = option(("add", "sub", "mul"), "Operators that are trained.")
-    digits: int = option(2, "Most digits of an operand.")
+    digits: int = option(2, "Most digits of an operand.", least=1)
     precision: str = option("auto", "float32, bfloat16, or auto: bfloat16 where it is fast.")
-    seed: int = option(0, "Seed of every random choice.")
+    seed: int = option(0, "Seed of every random choice.", least=0)
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Exact match on held-out problems, and what tuning did to plain English."""
 
-    problems: int = option(300, "Held-out problems.")
+    problems: int = option(300, "Held-out problems.", least=1)
     retention: str | None = option(
         None, "Text file for perplexity and KL; by default the one that ships."
     )
-    seed: int = option(0, "Seed of every random choice.")
+    seed: int = option(0, "Seed of every random choice.", least=0)
 
 
 def overrides(config_class: type, values: dict[str, Any]) -> Any:
     """Build a stage's config from loose values, lists made tuples.
 
     Raises:
-        UserError: a name is unknown or a value has the wrong type.
+        UserError: a name is unknown, or a value has the wrong type or is too small.
     """
     known = {item.name: item for item in fields(config_class)}
-    for name, value in values.items():
+    for name in values:
         if name not in known:
             raise UserError(
                 f"An option must be one of {', '.join(known)}, found {name!r}; correct the name."
             )
-        kind = known[name].type
-        wanted = type(known[name].default)
-        if isinstance(known[name].default, tuple):
-            values[name] = tuple(value) if isinstance(value, list | tuple) else (value,)
-        elif value is not None and wanted is not type(None) and not isinstance(value, wanted):
-            if wanted is float and isinstance(value, int):
-                values[name] = float(value)
-            else:
-                raise UserError(f"{name} must be of type {kind}, found {value!r}; correct it.")
-    return config_class(**values)
+    return config_class(**{name: _checked(known[name], value) for name, value in values.items()})
+
+
+def _checked(item: Field, value: Any) -> Any:
+    """A value as its field wants it: the field's type, or a tuple of its items' type."""
+    if value is None and item.default is None:
+        return None
+    several = isinstance(item.default, tuple)
+    # tuple[int, ...] and str | None name their type first
+    kind = (get_args(item.type) or (item.type,))[0]
+    parts = value if several and isinstance(value, list | tuple) else (value,)
+    parts = tuple(float(part) if kind is float and type(part) is int else part for part in parts)
+    if not parts or not all(type(part) is kind for part in parts):
+        wanted = f"one or more values, each {KINDS[kind]}" if several else KINDS[kind]
+        raise UserError(f"{item.name} must be {wanted}, found {value!r}; correct it.")
+    least = item.metadata["least"]
+    if least is not None and not min(parts) >= least:
+        raise UserError(f"{item.name} must be at least {least}, found {value}; choose more.")
+    return parts if several else parts[0]

@@ -51,7 +51,7 @@ def measure(
     difference = answer - rest
     return {
         "logit_diff": difference,
-        "prob": 1.0 / (1.0 + np.exp(-difference)),
+        "prob": np.exp(-np.logaddexp(0.0, -difference)),  # the logistic, without overflow
         "relative_logit": answer,
     }
 
@@ -96,9 +96,10 @@ class EffectTable:
         *,
         rng: np.random.Generator,
         groups: Sequence[str] | None = None,
+        draws: int = 2000,
     ) -> list[Interval]:
         """Bootstrap interval of each component's mean effect; ``groups`` are resampled whole."""
-        return bootstrap_means(self.effect(metric), rng=rng, groups=groups)
+        return bootstrap_means(self.effect(metric), rng=rng, groups=groups, draws=draws)
 
     def rank(self, metric: Metric = "logit_diff") -> list[Component]:
         """Components in order of mean effect, the most supporting (most negative) first."""

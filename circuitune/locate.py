@@ -15,14 +15,25 @@ from tqdm.auto import tqdm
 
 from circuitune.components import Choice, Circuit, Component, Head, all_components
 from circuitune.config import LocateConfig
-from circuitune.effects import EffectTable, Metric
+from circuitune.effects import EffectTable, Metric, measure
 from circuitune.models import Model
 from circuitune.pairs import Encoded, Pair, PairSet, encode
 from circuitune.patching import EndStates, Prompts, direct_effects, end_states, prefill, unembed
 from circuitune.runs import write_json
+from circuitune.stats import (
+    advise_sample_size,
+    benjamini_hochberg,
+    bootstrap_jaccard,
+    sign_flip_p,
+    split_half_agreement,
+)
 
 # The paper calls a head key if it moves the answer's logit by more than 5 % (section 4).
 KEY_CUT = -0.05
+# A component matters if it moves the answer by this share of what the whole corruption does, and
+# the move is significant at this false-discovery rate over all components.
+SHARE_CUT = 0.02
+FALSE_DISCOVERY = 0.05
 # Ranks are added in growing steps: late ranks matter less and each round costs a sweep.
 ROUND_SIZES = (1, 1, 1, 2, 3, 5, 8, 13, 21)
 # The knockout curve is flat from where it stays within this share of its lowest point.
@@ -90,10 +101,11 @@ def choices(
     metric: Metric,
     rng: np.random.Generator,
     groups: Sequence[str],
+    draws: int = 2000,
     round_number: int = 1,
 ) -> list[Choice]:
     """Components with the interval of their mean effect."""
-    intervals = table.select(order).intervals(metric, rng=rng, groups=groups)
+    intervals = table.select(order).intervals(metric, rng=rng, groups=groups, draws=draws)
     return [
         Choice(part, item.estimate, item.low, item.high, round_number)
         for part, item in zip(order, intervals, strict=True)
@@ -101,7 +113,7 @@ def choices(
 
 
 def iterated_selection(
-    model: Model, task: Task, *, most: int, rng: np.random.Generator
+    model: Model, task: Task, *, most: int, rng: np.random.Generator, draws: int = 2000
 ) -> tuple[list[Choice], list[dict[str, Any]]]:
     """Rank up to ``most`` heads by iterated path patching on logit difference.
 
@@ -122,6 +134,7 @@ def iterated_selection(
             metric="logit_diff",
             rng=rng,
             groups=task.pairs.groups,
+            draws=draws,
             round_number=number,
         )
         bar.update(len(order))
@@ -156,7 +169,7 @@ def locate(model: Model, config: LocateConfig, run: Path, work: Path) -> None:
     rng = np.random.default_rng(config.seed)
     table = sweep(model, task)
     table.to_frame().to_parquet(work / "effects.parquet", index=False)
-    found, curve = iterated_selection(model, task, most=config.most, rng=rng)
+    found, curve = iterated_selection(model, task, most=config.most, rng=rng, draws=config.draws)
     rule = {
         "name": "iterated path patching",
         "metric": "logit_diff",
@@ -166,22 +179,79 @@ def locate(model: Model, config: LocateConfig, run: Path, work: Path) -> None:
     }
     circuit = Circuit(tuple(found), name, model.source, rule, size=flat_from(curve))
     heads = table.select([part for part in table.components if isinstance(part, Head)])
+    single = single_pass(heads, task, most=config.most, rng=rng, draws=config.draws)
     content = circuit.to_json() | {
-        "single_pass": single_pass(heads, pairs=pairs, most=config.most, rng=rng)
+        "single_pass": single,
+        "significance": significance(table, total_effect(model, task), task, rng=rng),
+        "stability": stability(heads, max(circuit.size, 1), task, rng=rng),
     }
     write_json(work / "circuit.json", content)
 
 
 def single_pass(
-    heads: EffectTable, *, pairs: Sequence[Pair], most: int, rng: np.random.Generator
+    heads: EffectTable, task: Task, *, most: int, rng: np.random.Generator, draws: int = 2000
 ) -> dict[str, Any]:
     """The paper's ranking: one sweep, by ``relative_logit``, and how many pass its -5 % cut."""
-    groups = [pair.group for pair in pairs]
     order = heads.rank("relative_logit")[:most]
-    top = choices(heads, order, metric="relative_logit", rng=rng, groups=groups)
+    groups = task.pairs.groups
+    top = choices(heads, order, metric="relative_logit", rng=rng, groups=groups, draws=draws)
     return {
         "metric": "relative_logit",
         "components": [item.to_json() for item in top],
         "key_cut": KEY_CUT,
         "key_heads": int((heads.mean("relative_logit") < KEY_CUT).sum()),
+    }
+
+
+def total_effect(model: Model, task: Task) -> float:
+    """Mean change of the logit difference from the clean to the corrupt run, in logits."""
+    clean = end_states(model, task.prompts).final
+    runs = (unembed(model, final, task.pairs.candidates) for final in (clean, task.corrupt.final))
+    before, after = (
+        measure(logits.cpu().numpy(), task.pairs.answers)["logit_diff"].mean() for logits in runs
+    )
+    return float(after - before)
+
+
+def significance(
+    table: EffectTable, total: float, task: Task, *, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Which components matter, by a cut that has a scale of its own.
+
+    A raw logit has an arbitrary zero, so the paper's -5 % of it selects nothing on many models.
+    Here a component is key if its mean effect is at least `SHARE_CUT` of the total effect, in
+    its direction, and differs from zero after Benjamini-Hochberg correction over all components
+    (sign-flip test; prompts that share operands flip together).
+    """
+    effects = table.effect("logit_diff")
+    adjusted = benjamini_hochberg(sign_flip_p(effects, rng=rng, groups=task.pairs.groups))
+    shares = effects.mean(axis=1) / total
+    key = [
+        {"id": str(part), "share": float(share), "p_adjusted": float(p)}
+        for part, share, p in zip(table.components, shares, adjusted, strict=True)
+        if share >= SHARE_CUT and p <= FALSE_DISCOVERY
+    ]
+    return {
+        "total_effect": total,
+        "share_cut": SHARE_CUT,
+        "false_discovery": FALSE_DISCOVERY,
+        "significant": int((adjusted <= FALSE_DISCOVERY).sum()),
+        "tested": len(adjusted),
+        "key": sorted(key, key=lambda item: -item["share"]),
+    }
+
+
+def stability(heads: EffectTable, k: int, task: Task, *, rng: np.random.Generator) -> dict[str, Any]:
+    """How stable the top k heads of one sweep are, and how many pairs would make them so."""
+    effects, groups = heads.effect("logit_diff"), task.pairs.groups
+    if len(set(groups)) < 4 or k >= len(effects):
+        return {"k": k, "pairs": effects.shape[1], "note": "too few operand pairs to resample"}
+    jaccard = bootstrap_jaccard(effects, k=k, rng=rng, groups=groups)
+    halves = split_half_agreement(effects, k=k, rng=rng, groups=groups)
+    return {
+        "k": k,
+        "pairs": effects.shape[1],
+        "bootstrap_jaccard": [jaccard.estimate, jaccard.low, jaccard.high],
+        "split_half_jaccard": [halves.estimate, halves.low, halves.high],
+        "pairs_for_jaccard_0.8": advise_sample_size(effects, k=k, rng=rng, groups=groups),
     }

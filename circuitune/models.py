@@ -9,8 +9,11 @@ user's cache (``$CIRCUITUNE_CACHE``, else ``$XDG_CACHE_HOME/circuitune``, else
 
 import hashlib
 import importlib.util
+import inspect
 import os
+import re
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from operator import attrgetter
@@ -23,13 +26,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    cache_utils,
+    masking_utils,
+    modeling_rope_utils,
 )
 from transformers.utils import logging as hf_logging
 
 from circuitune.errors import UserError
-from circuitune.families import FAMILIES, Family
+from circuitune.families import FAMILIES, LAYER_TYPES, REQUIRED, UNDERSTOOD, USUAL, Family
 
 # Part of the cache key: raise it when the conversion itself changes.
 CONVERSION = 1
@@ -78,9 +85,9 @@ class Model:
         return attrgetter(path)(self.layer(index))
 
     @property
-    def final_norm(self) -> nn.Module:
-        """The norm before the unembedding."""
-        return attrgetter(self.family.final_norm)(self.hf)
+    def trunk(self) -> nn.Module:
+        """The module that turns tokens into final hidden states."""
+        return attrgetter(self.family.trunk)(self.hf)
 
     def describe(self) -> dict[str, Any]:
         """The model's line in ``manifest.json``."""
@@ -93,55 +100,176 @@ class Model:
 def wrap(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str = "") -> Model:
     """Take a model and tokenizer that are already in memory.
 
+    An architecture without a record is accepted if its parts have the usual names; its record
+    then has ``proven = False``, and `circuitune.selftest.prove` decides.
+
     Raises:
-        UserError: the architecture is not known, or its weights do not have the shapes that
-            the family record promises.
+        UserError: the model is not a plain decoder, its configuration says something that is not
+            understood, or its weights do not have the shapes that the family record promises.
     """
-    family = family_of(hf.config, source or hf.name_or_path)
-    layers = attrgetter(family.layers)(hf)
-    width = _columns(attrgetter(family.out)(layers[0]))
-    heads = hf.config.num_attention_heads
-    kv_heads = getattr(hf.config, "num_key_value_heads", None) or heads
-    if width % heads or heads % kv_heads:
+    source = source or hf.name_or_path
+    config = text_config(hf.config, source)
+    if not hf.can_generate() or hf.get_output_embeddings() is None:
         raise UserError(
-            f"The output projection must take the same width from each head, found {width} inputs "
-            f"for {heads} heads ({kv_heads} key-value) in {source}; this checkpoint is not a plain "
-            f"{family.name} model."
+            f"The model must be a decoder that predicts the next token, {source} is a "
+            f"{type(hf).__name__}; choose a causal language model."
         )
+    family = FAMILIES.get(config.model_type) or by_structure(hf, source)
+    if family.proven:
+        check_explained(config, _code_of(hf), source)
     hf.eval().requires_grad_(False)
-    d_model = hf.get_input_embeddings().weight.shape[1]
-    return Model(
-        hf=hf,
-        tokenizer=tokenizer,
-        family=family,
-        source=source or hf.name_or_path,
-        layers=len(layers),
-        heads=heads,
-        kv_heads=kv_heads,
-        d_head=width // heads,
-        d_model=d_model,
+    return Model(hf=hf, tokenizer=tokenizer, family=family, source=source, **_sizes(hf, family, source))
+
+
+def _sizes(hf: PreTrainedModel, family: Family, source: str) -> dict[str, int]:
+    """Layers, heads and widths of a model; all but the number of heads from the weights.
+
+    Raises:
+        UserError: the weights do not have the shapes that the record promises.
+    """
+    layers = attrgetter(family.layers)(hf)
+    shapes = {projection_shape(attrgetter(family.out)(layer)) for layer in layers}
+    d_model, width = min(shapes)
+    heads = hf.config.get_text_config().num_attention_heads
+    d_head, rest = divmod(width, heads)
+    made = projection_shape(attrgetter(family.key)(layers[0]))[0]
+    keys = (made - width) // 2 if family.fused else made
+    kv_heads, kv_rest = divmod(keys, d_head or 1)
+    if len(shapes) > 1 or rest or kv_rest or not kv_heads or heads % kv_heads:
+        raise UserError(
+            f"Every layer must have the same heads, all of one width, found projections from "
+            f"{sorted({width for _, width in shapes})} inputs for {heads} heads and {keys} key "
+            f"rows in {source}; this is not a plain {family.name} model."
+        )
+    return {
+        "layers": len(layers),
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "d_head": d_head,
+        "d_model": d_model,
+    }
+
+
+def projection_shape(projection: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a projection, whether stored (out, in) or transposed (Conv1D)."""
+    if hasattr(projection, "in_features"):
+        return projection.out_features, projection.in_features
+    inputs, outputs = projection.weight.shape
+    return outputs, inputs
+
+
+def text_config(config: PreTrainedConfig, source: str) -> PreTrainedConfig:
+    """The configuration of the language model, if there is nothing beside it.
+
+    Raises:
+        UserError: the model has other parts (images, sound), or something in the configuration
+            would break the measurement.
+    """
+    language = config.get_text_config()
+    others = [key for key in config.sub_configs if key != "text_config" and getattr(config, key)]
+    if others and language is not config:
+        raise UserError(
+            f"The model must be a language model alone, {source} also has {', '.join(others)}; "
+            "load and save its language part by itself (a class ...ForCausalLM) and name that."
+        )
+    for name, (values, why) in REQUIRED.items():
+        for found in (getattr(config, name, None), getattr(language, name, None)):
+            if found is not None and found not in values:
+                allowed = " or ".join(repr(value) for value in values) or "absent"
+                raise UserError(
+                    f"{name} must be {allowed} for exact effects, it is {str(found)[:60]} in "
+                    f"{source} and {why}; choose another model."
+                )
+    odd = sorted(set(getattr(language, "layer_types", None) or ()) - set(LAYER_TYPES))
+    if odd:
+        raise UserError(
+            f"Every layer must mix tokens by softmax attention alone, {source} has layers of type "
+            f"{', '.join(odd)}; choose a model without them."
+        )
+    return language
+
+
+def check_explained(config: PreTrainedConfig, code: str, source: str) -> None:
+    """Refuse a configuration with an attribute whose meaning is not known.
+
+    An attribute counts if it differs from the default of its class, and no list in
+    `circuitune.families` names it. One that the class does not declare is inert unless ``code``,
+    the source text that runs the model, mentions it.
+
+    Raises:
+        UserError: there is such an attribute.
+    """
+    known = {name for names in UNDERSTOOD.values() for name in names} | set(REQUIRED)
+    defaults = type(config)().to_dict()
+    for name, value in config.to_dict().items():
+        if name in known or (name in defaults and value == defaults[name]):
+            continue
+        if name in defaults or re.search(rf"\b{re.escape(name)}\b", code):
+            raise UserError(
+                f"Every attribute of the configuration must be understood, {name} = "
+                f"{str(value)[:60]!r} of {source} is not; if it cannot change how a head acts on "
+                "the last position, add it to UNDERSTOOD in circuitune/families.py."
+            )
+
+
+def _code_of(hf: PreTrainedModel) -> str:
+    """Source text of everything that reads the configuration while the model runs."""
+    modules = (sys.modules[type(hf).__module__], cache_utils, masking_utils, modeling_rope_utils)
+    return "\n".join(inspect.getsource(module) for module in modules)
+
+
+def by_structure(hf: PreTrainedModel, source: str) -> Family:
+    """A record for an architecture without one, from the usual names of its parts.
+
+    Raises:
+        UserError: a part is not found in every layer, or a layer has weight matrices elsewhere.
+    """
+    trunks = (path for path in USUAL["trunk"] if _part(hf, path) is not None)
+    trunk = next(trunks, hf.base_model_prefix)
+    layers = next((name for name in USUAL["layers"] if _part(hf, f"{trunk}.{name}")), "")
+    found = {"layers": f"{trunk}.{layers}"} if layers else {}
+    members = list(_part(hf, found["layers"])) if found else []
+
+    def find(kind: str, inside: str = "") -> str:
+        paths = (f"{inside}.{name}" if inside else name for name in USUAL[kind])
+        return next((p for p in paths if members and all(_part(m, p) for m in members)), "")
+
+    found["attention"] = find("attention")
+    found["out"] = find("out", found["attention"])
+    found["mlp"] = find("mlp")
+    fused = find("fused", found["attention"])
+    found["key"] = fused or find("key", found["attention"])
+    missing = [kind for kind in ("layers", *found) if not found.get(kind)]
+    inside = (f"{found['attention']}.", f"{found['mlp']}.")
+    loose = [
+        name
+        for layer in members
+        for name, weight in layer.named_parameters()
+        if weight.ndim > 1 and not name.startswith(inside)
+    ]
+    if missing or loose:
+        fault = f"no {missing[0]} at a usual place" if missing else f"weights at {loose[0]}"
+        raise UserError(
+            f"The model must be a decoder of a known family ({', '.join(sorted(FAMILIES))}) or "
+            f"have the same parts, {source} is of type {hf.config.model_type!r} with {fault}; "
+            "choose another model or add a record to circuitune/families.py."
+        )
+    return Family(
+        name=hf.config.model_type,
+        trunk=trunk,
+        **found,
+        fused=bool(fused),
+        query=None,
+        norm_before_attention=None,
+        proven=False,
     )
 
 
-def _columns(projection: nn.Module) -> int:
-    """Input width of a projection, whether stored (out, in) or transposed (Conv1D)."""
-    return getattr(projection, "in_features", None) or projection.weight.shape[0]
-
-
-def family_of(config: Any, source: str) -> Family:
-    """The family record of a configuration.
-
-    Raises:
-        UserError: the architecture is not one of the families.
-    """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UserError(
-            f"The model must be a decoder of a known family ({', '.join(sorted(FAMILIES))}), "
-            f"{source} is of type {config.model_type!r}; choose another model or add a record to "
-            "circuitune/families.py."
-        )
-    return family
+def _part(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return attrgetter(path)(module)
+    except AttributeError:
+        return None
 
 
 def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Model:
@@ -166,7 +294,7 @@ def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Model:
         config = AutoConfig.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise _cannot_read(name, error) from error
-    family_of(config, name)
+    text_config(config, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         hf = AutoModelForCausalLM.from_pretrained(

@@ -16,10 +16,10 @@ Special tokens are the tokenizer's own choice (a BOS token where it adds one, ne
 import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from circuitune.config import PairsConfig
 from circuitune.errors import UserError
 from circuitune.models import Model
-from circuitune.patching import end_states, prefill, unembed
+from circuitune.patching import end_states, prefill, sweep_cost, unembed
 from circuitune.problems import Operator, Problem, enumerate_problems, split_groups, templates
 from circuitune.stats import proportion
 
@@ -201,8 +201,9 @@ class PairSet:
     def load(cls, folder: Path) -> "PairSet":
         """Read both files."""
         selection = json.loads((folder / "selection.json").read_text(encoding="utf-8"))
-        lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
-        return cls(tuple(Pair(**json.loads(line)) for line in lines), selection)
+        # Not splitlines: a text may hold U+2028 and its like, which JSON leaves unescaped.
+        lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").split("\n")
+        return cls(tuple(Pair(**json.loads(line)) for line in lines if line), selection)
 
 
 def answers_correctly(
@@ -220,7 +221,7 @@ def make_pairs(model: Model, config: PairsConfig) -> PairSet:
     Raises:
         UserError: the tokenizer has no one-token digits, or the model answers too few prompts.
     """
-    operators = [Operator.parse(text) for text in config.operators]
+    operators = list(dict.fromkeys(Operator.parse(text) for text in config.operators))
     problems = {op: enumerate_problems(op, low=1, high=9, max_answer=9) for op in operators}
     halves, wide = _halves([p for op in operators for p in problems[op]], seed=config.seed)
     find_writing(model.tokenizer)
@@ -282,6 +283,8 @@ def _choose_prefix(
         try:
             writings[prefix] = writing = find_writing(model.tokenizer, prefix)
         except UserError:
+            if config.prefix is not None:
+                raise
             continue  # this prefix merges with the digits; find_writing has passed without it
         sample = _prompts(problems, writing, "select", random.Random(config.seed))[:PROBE_PROMPTS]
         hits = _hits(model, sample)
@@ -369,6 +372,28 @@ def own_pairs(model: Model, config: PairsConfig) -> PairSet:
     return PairSet(tuple(pairs), selection)
 
 
+def preflight(model: Model, config: PairsConfig) -> list[str]:
+    """What `circuitune check` says of a model's digits, its prefix, and the cost of a sweep.
+
+    Raises:
+        UserError: the tokenizer has no one-token digits.
+    """
+    operators = [Operator.parse(text) for text in config.operators]
+    problems = [p for op in operators for p in enumerate_problems(op, low=1, high=9, max_answer=9)]
+    halves, _ = _halves(problems, seed=config.seed)
+    find_writing(model.tokenizer)
+    writing, trials = _choose_prefix(model, halves["select"], config)
+    lines = [writing.policy]
+    for trial in trials:
+        kept = "  <- kept" if trial["prefix"] == writing.prefix else ""
+        lines.append(
+            f"prefix {trial['prefix']!r}: answers {trial['accuracy']:.0%} "
+            f"[{trial['low']:.0%}, {trial['high']:.0%}] of {trial['n']} prompts{kept}"
+        )
+    cost = sweep_cost(model, config.per_split)
+    return [*lines, f"a sweep over {config.per_split} pairs: {cost}"]
+
+
 def collect(model: Model, config: PairsConfig, run: Path, work: Path) -> None:
     """The stage: generated or own pairs into ``pairs.jsonl`` and ``selection.json``."""
     del run  # the first stage reads nothing
@@ -383,35 +408,55 @@ def read_pairs(path: Path, *, seed: int = 0) -> list[Pair]:
     default each pair is its own) are shared out at random, half for selection.
 
     Raises:
-        UserError: the file is absent, not JSON lines, or lacks a field.
+        UserError: the file is absent or not text, a line is not JSON or lacks a field, or a
+            group lies in both halves.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        records = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"A pairs file must hold one JSON object a line, {path} does not ({error}); see the "
-            "README for an example."
+            f"--pairs must be a readable text file, {path} is not ({error}); check the path."
         ) from error
-    for number, record in enumerate(records, start=1):
-        fields = ("clean", "corrupt", "answer")
-        if not isinstance(record, dict) or not all(isinstance(record.get(f), str) for f in fields):
-            raise UserError(
-                f"Every line of a pairs file must give clean, corrupt and answer as texts, line "
-                f"{number} of {path} does not; correct that line."
-            )
+    places = [number for number, line in enumerate(lines, start=1) if line.strip()]
+    records = [_read_record(lines[number - 1], f"line {number} of {path}") for number in places]
     groups = sorted({record.get("group", record["clean"]) for record in records})
     random.Random(seed).shuffle(groups)
     selected = set(groups[: (len(groups) + 1) // 2])
     pairs = []
-    for record in records:
-        group = record.get("group", record["clean"])
-        split = record.get("split", "select" if group in selected else "test")
-        texts = {field: record[field] for field in ("clean", "corrupt", "answer")}
-        task = record.get("task", path.stem)
-        pairs.append(
-            Pair(
-                **texts, task=task, template=record.get("template", "own"), split=split, group=group
+    halves: dict[str, Split] = {}
+    for number, record in zip(places, records, strict=True):
+        group = record.setdefault("group", record["clean"])
+        split = record.setdefault("split", "select" if group in selected else "test")
+        if halves.setdefault(group, split) != split:
+            raise UserError(
+                f"Pairs of one group must lie in one half, line {number} of {path} puts {group!r} "
+                "in the other half too; correct its split or its group."
             )
-        )
+        pairs.append(Pair(**{"task": path.stem, "template": "own"} | record))
     return pairs
+
+
+def _read_record(line: str, where: str) -> dict[str, Any]:
+    """The fields of a `Pair` that one line of a pairs file gives; further fields are left out."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(
+            f"A pairs file must hold one JSON object a line, {where} is not JSON ({error}); see "
+            "the README for an example."
+        ) from error
+    needed = ("clean", "corrupt", "answer")
+    if not isinstance(record, dict) or not all(record.get(name) for name in needed):
+        raise UserError(
+            f"Every line of a pairs file must give clean, corrupt and answer, {where} does not; "
+            "correct that line."
+        )
+    kept = {item.name: record[item.name] for item in fields(Pair) if item.name in record}
+    for name, value in kept.items():
+        if not isinstance(value, str) or (name == "split" and value not in get_args(Split)):
+            wanted = "select or test" if name == "split" else "a text"
+            raise UserError(
+                f"In a pairs file {name} must be {wanted}, {where} has {value!r}; correct that "
+                "line."
+            )
+    return kept

@@ -18,6 +18,7 @@ path; Zhang et al. 2024, section 3); checked in ``tests/test_patching.py`` again
 """
 
 import copy
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,15 +27,15 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from circuitune.components import Component, Head, Mlp, all_components
 from circuitune.effects import EffectTable
 from circuitune.models import Model
-from circuitune.sites import intervene, record, substitute
+from circuitune.sites import Call, first, intervene, packed, record, resume, substitute
 
 # Rows per layer call: enough for full matrix-multiply speed, small enough to stay in cache.
 REPLAY_ROWS = 1024
@@ -80,15 +81,15 @@ class EndStates:
         attention, mlp: contributions of the blocks, per layer.
         entry: residual stream that enters each layer.
         final: residual stream after the final norm.
-        calls: further arguments of each layer, to call it again.
+        calls: how each layer was called, to call it again.
     """
 
     z: Float[Tensor, "layer example z"]
     attention: Float[Tensor, "layer example d_model"]
     mlp: Float[Tensor, "layer example d_model"]
     entry: Float[Tensor, "layer example d_model"]
-    final: Float[Tensor, "example d_model"]
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    final: Float[Tensor, "example width"]
+    calls: list[Call]
 
     def output(self, part: Component, d_head: int) -> Float[Tensor, "example width"]:
         """The output of one component: its slice of z, or its MLP's output."""
@@ -127,10 +128,11 @@ def prefill(model: Model, prompts: Sequence[Sequence[int]]) -> Prompts:
         ragged = not bool(mask.all())
         before = {"attention_mask": mask[:, :-1], "position_ids": positions[:, :-1]}
         at_end = {"attention_mask": mask, "position_ids": positions[:, -1:]}
-        cache = DynamicCache(config=model.hf.config)
+        cache = DynamicCache()  # keeps all tokens; sliding windows are in the model's own masks
         if tokens.shape[1] > 1:
-            model.hf.base_model(
-                tokens[:, :-1], past_key_values=cache, use_cache=True, **(before if ragged else {})
+            inputs = before if ragged else {}
+            model.trunk(
+                input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True, **inputs
             )
         batches.append(Batch(places, cache, tokens[:, -1:], at_end if ragged else {}))
     return Prompts(tuple(batches), len(prompts))
@@ -185,16 +187,38 @@ def end_states(
     return EndStates(z, attention, mlp, entry, torch.cat([item[4] for item in kept])[order], calls)
 
 
-def _run_end(model: Model, batch: Batch) -> Float[Tensor, "example d_model"]:
+def _run_end(model: Model, batch: Batch) -> Float[Tensor, "example width"]:
     """Final hidden state of END; the cache is copied, since a forward pass extends it."""
-    output = model.hf.base_model(
-        batch.last, past_key_values=copy.deepcopy(batch.cache), use_cache=True, **batch.inputs
+    cache = copy.deepcopy(batch.cache)
+    output = model.trunk(
+        input_ids=batch.last, past_key_values=cache, use_cache=True, **batch.inputs
     )
     return output.last_hidden_state[:, -1]
 
 
+def finish(
+    model: Model, state: Float[Tensor, "*batch d_model"]
+) -> Float[Tensor, "*batch width"]:
+    """What the model makes of residual streams after its last layer, at least float32.
+
+    The model's own code runs: the final norm, and in some models a projection.
+    """
+    rows = state.reshape(-1, 1, state.shape[-1])
+    tokens = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
+    with resume(model, model.layers, rows.to(_dtype(model.layer(model.layers - 1)))):
+        final = model.trunk(input_ids=tokens, use_cache=False).last_hidden_state
+    return wide(final).reshape(*state.shape[:-1], -1)
+
+
+@dataclass
+class TrunkOutput(MoeModelOutputWithPast):
+    """Everything that a causal model may read from its trunk."""
+
+    cross_attentions: tuple[Tensor, ...] | None = None
+
+
 def unembed(
-    model: Model, hidden: Float[Tensor, "*batch d_model"], tokens: Sequence[int] | None = None
+    model: Model, hidden: Float[Tensor, "*batch width"], tokens: Sequence[int] | None = None
 ) -> Float[Tensor, "*batch candidate"]:
     """Logits of the given tokens (all by default) from normed hidden states, in float32.
 
@@ -204,8 +228,8 @@ def unembed(
     embedding = model.hf.get_output_embeddings()
     flat = hidden.reshape(1, -1, hidden.shape[-1])
     with ExitStack() as stack:
-        trunk = BaseModelOutputWithPast(last_hidden_state=flat)
-        stack.enter_context(substitute(model.hf.base_model, trunk))
+        trunk = TrunkOutput(last_hidden_state=flat)
+        stack.enter_context(substitute(model.trunk, trunk))
         if tokens is not None:
             rows = wide(embedding.weight[list(tokens)])
             bias = None if embedding.bias is None else wide(embedding.bias[list(tokens)])
@@ -244,7 +268,7 @@ def direct_effects(
     """
     senders = tuple(senders if senders is not None else all_components(model.layers, model.heads))
     rows = {part: row for row, part in enumerate(sorted(senders, key=_start))}
-    state = clean.entry.new_empty(len(rows), *clean.final.shape)
+    state = clean.entry.new_empty(len(rows), *clean.entry.shape[1:])
     active = 0
     for layer in tqdm(range(model.layers), desc="sweep", disable=None, leave=False):
         _replay(model, clean, layer, state[:active])
@@ -253,7 +277,7 @@ def direct_effects(
             continue
         state[active : active + len(here)] = _start_rows(model, clean, corrupt, here)
         active += len(here)
-    hidden = torch.cat([_final_norm(model, part) for part in _chunks(state)])
+    hidden = torch.cat([finish(model, part) for part in _chunks(state)])
     patched = unembed(model, hidden, candidates)[[rows[part] for part in senders]]
     plain = unembed(model, clean.final, candidates)
     return EffectTable.from_logits(
@@ -268,11 +292,6 @@ def _start(part: Component) -> tuple[int, int]:
 def _chunks(state: Float[Tensor, "sender example d_model"]) -> Iterable[Tensor]:
     size = max(1, REPLAY_ROWS // state.shape[1])
     return (state[start : start + size] for start in range(0, state.shape[0], size))
-
-
-def _final_norm(model: Model, state: Tensor) -> Tensor:
-    norm = model.final_norm
-    return wide(norm(state.to(next(norm.parameters()).dtype)))
 
 
 def _replay(
@@ -326,16 +345,60 @@ def _run_layer(
     mlp: Float[Tensor, "#sender example d_model"] | None = None,
 ) -> Float[Tensor, "sender example d_model"]:
     """The model's own layer on single positions, attention (and MLP, if given) substituted."""
-    module = model.layer(layer)
-    dtype = next(module.parameters()).dtype
-    args, kwargs = clean.calls[layer]
+    module, family, call = model.layer(layer), model.family, clean.calls[layer]
+    dtype = _dtype(module)
+
+    def attend(*_args: Any, **_kwargs: Any) -> Any:
+        return packed(attention.to(dtype, copy=True), call.attention)  # a layer may add in place
+
+    def feed(*inputs: Tensor, **named: Tensor) -> Any:
+        seen = inputs[0] if inputs else next(iter(named.values()))
+        value = mlp.to(dtype, copy=True)
+        return packed(value.reshape(*seen.shape[:-1], -1), call.mlp)  # OPT: one axis for both
+
     with ExitStack() as stack:
-        block = model.part(layer, model.family.attention)
-        stack.enter_context(substitute(block, (attention.to(dtype), None)))
-        if model.family.norm_before_attention:
-            norm = model.part(layer, model.family.norm_before_attention)
+        stack.enter_context(substitute(model.part(layer, family.attention), attend))
+        if family.norm_before_attention:
+            norm = model.part(layer, family.norm_before_attention)
             stack.enter_context(substitute(norm, lambda values: values))
         if mlp is not None:
-            stack.enter_context(substitute(model.part(layer, model.family.mlp), mlp.to(dtype)))
-        output = module(rows.to(dtype), *args, **kwargs)
-    return wide(output[0] if isinstance(output, tuple) else output)
+            stack.enter_context(substitute(model.part(layer, family.mlp), feed))
+        output = module(rows.to(dtype), *call.args, **call.kwargs)
+    return wide(first(output))
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a sweep over all components will take: bytes beside the weights, and seconds."""
+
+    memory: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"about {self.memory / 2**20:.0f} MiB beside the weights, {self.seconds:.0f} s"
+
+
+@torch.no_grad()
+def sweep_cost(model: Model, examples: int) -> Cost:
+    """Estimate a sweep from the sizes, and from the replay of one layer, timed.
+
+    Args:
+        model: the model.
+        examples: number of prompt pairs.
+    """
+    width, layers = model.d_model, model.layers
+    senders = layers * (model.heads + 1)
+    kept = 2 * layers * (3 * width + model.heads * model.d_head)  # both runs, see `EndStates`
+    states = end_states(model, prefill(model, [[1, 2]] * min(examples, 64)))
+    rows = max(1, REPLAY_ROWS // states.final.shape[0])
+    state = states.entry[layers // 2].repeat(rows, 1, 1)
+    _replay(model, states, layers // 2, state)
+    started = time.perf_counter()
+    _replay(model, states, layers // 2, state)
+    per_row = (time.perf_counter() - started) / (rows * states.final.shape[0])
+    replayed = examples * (model.heads + 1) * layers * (layers + 1) / 2
+    return Cost(4 * examples * (senders * width + kept), per_row * replayed)

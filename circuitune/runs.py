@@ -12,20 +12,23 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from circuitune import __version__
 from circuitune.errors import UserError
 
 MANIFEST = "manifest.json"
+PAIRS = ("pairs.jsonl", "selection.json")
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,11 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("pairs", (), ("pairs.jsonl", "selection.json")),
-        Stage("locate", ("pairs.jsonl", "selection.json"), ("effects.parquet", "circuit.json")),
-        Stage("validate", ("pairs.jsonl", "circuit.json"), ("knockout.parquet",)),
-        Stage("tune", ("selection.json", "circuit.json"), ("tuned", "tune.json")),
-        Stage("evaluate", ("selection.json", "tuned", "tune.json"), ("eval.json",)),
+        Stage("pairs", (), PAIRS),
+        Stage("locate", PAIRS, ("effects.parquet", "circuit.json")),
+        Stage("validate", (*PAIRS, "circuit.json"), ("knockout.parquet",)),
+        Stage("tune", (*PAIRS, "effects.parquet", "circuit.json"), ("tuned", "tune.json")),
+        Stage("evaluate", (*PAIRS, "tuned", "tune.json"), ("eval.json",)),
     )
 }
 
@@ -52,13 +55,17 @@ STAGES = {
 def write_json(path: Path, content: Any) -> None:
     """Write JSON to a temporary file beside ``path``, then rename it into place."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    _replace(path, text.encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    # Not tempfile: its files are readable by their owner alone.
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
+        beside.write_bytes(content)
+        os.replace(beside, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
 
 
@@ -79,8 +86,12 @@ def read_manifest(run: Path) -> dict[str, Any]:
         raise UserError(
             f"{run / MANIFEST} must be readable JSON, it is not ({error}); start a new run."
         ) from error
-    if not isinstance(manifest, dict) or "model" not in manifest:
-        raise UserError(f"{run / MANIFEST} must name its model, it does not; start a new run.")
+    parts = ("model", "load", "config", "stages")
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(p), dict) for p in parts):
+        raise UserError(
+            f"{run / MANIFEST} must give {', '.join(parts)}, it does not; start a new run in "
+            "another folder."
+        )
     return manifest
 
 
@@ -98,8 +109,13 @@ def fingerprint(model: str) -> str:
     return hashlib.sha256(repr((model, facts)).encode()).hexdigest() if facts else model
 
 
-def create(run: Path, model: str, options: dict[str, Any], command: Sequence[str]) -> None:
-    """Make a run directory for a model, or continue one.
+@contextmanager
+def opened(
+    run: Path, model: str, options: dict[str, Any], command: Sequence[str]
+) -> Iterator[None]:
+    """Make a run directory for a model, or continue one, while a command runs its stages.
+
+    After an exception before any stage has finished, the directory is as it was, or absent.
 
     Args:
         run: the directory.
@@ -110,6 +126,27 @@ def create(run: Path, model: str, options: dict[str, Any], command: Sequence[str
     Raises:
         UserError: the directory cannot be written or belongs to another model.
     """
+    manifest = run / MANIFEST
+    # os.path, since Path.exists raises where the parent may not be entered.
+    absent = [folder for folder in (run, *run.parents) if not os.path.exists(folder)]
+    before = manifest.read_bytes() if os.path.isfile(manifest) else None
+    finished = {} if before is None else read_manifest(run)["stages"]
+    try:
+        _create(run, model, options, command)
+        yield
+    except BaseException:
+        if os.path.isfile(manifest) and read_manifest(run)["stages"] == finished:
+            if before is None:
+                manifest.unlink()
+            else:
+                _replace(manifest, before)
+        for folder in absent:
+            with suppress(OSError):  # it holds something by now
+                folder.rmdir()
+        raise
+
+
+def _create(run: Path, model: str, options: dict[str, Any], command: Sequence[str]) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run):
@@ -134,8 +171,8 @@ def create(run: Path, model: str, options: dict[str, Any], command: Sequence[str
     else:
         manifest = {"model": {"id": model}, "config": {}, "stages": {}}
     manifest |= {
-        "circuitune": importlib.metadata.version("circuitune"),
-        "command": " ".join(command),
+        "circuitune": __version__,
+        "command": shlex.join(command),
         "load": options,
         "versions": versions(),
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
@@ -178,7 +215,7 @@ def stage_key(run: Path, stage: Stage, config: Any) -> str:
         "load": manifest["load"],
         "inputs": inputs,
         "file": digest(Path(extra)) if extra else "",
-        "circuitune": manifest["circuitune"],
+        "circuitune": __version__,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

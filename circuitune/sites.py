@@ -2,21 +2,25 @@
 
 Context managers, all restored on leaving, also after an exception:
 
-- `record` keeps what passes END: head outputs z, attention and MLP contributions, layer inputs.
+- `record` keeps what passes END (or every position): head outputs z, attention and MLP
+  contributions, layer inputs.
 - `intervene` overwrites the output of components; it counts its firings and raises on leaving
   if an edit never happened, since "no effect" must never mean "the hook did not run".
 - `substitute` lets a module return a given value instead of computing, so that a decoder layer
   can be run with its attention replaced.
 - `resume` starts the model at a layer, from hidden states that were computed before.
 
+`attend` runs the attention of one layer alone, with some of its projections' outputs given.
+
 Batches are padded on the left, hence END is position -1 everywhere.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache
@@ -27,58 +31,90 @@ from circuitune.models import Model
 Where = Literal["end", "all"]
 
 
+@dataclass(frozen=True)
+class Call:
+    """How a layer was called and what its blocks returned, so that it can be called again.
+
+    Attributes:
+        args, kwargs: what the layer got after its hidden states, caches left out.
+        attention, mlp: how many items the block returned in a tuple, 0 for a plain tensor.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    attention: int
+    mlp: int
+
+
 @dataclass
 class Trace:
     """What passed END in each forward pass, in lists of one tensor per layer.
+
+    Shapes are for END; when every position is kept, the second axis of all is the position.
 
     Attributes:
         z: input of the output projection, the head outputs side by side, (batch, heads*d_head).
         attention: output of the attention block, (batch, d_model).
         mlp: output of the MLP, (batch, d_model).
         entry: the residual stream that enters the layer, (batch, d_model).
-        calls: the other arguments of the layer, to call it again.
+        calls: how each layer was called.
     """
 
     z: list[Tensor] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
     mlp: list[Tensor] = field(default_factory=list)
     entry: list[Tensor] = field(default_factory=list)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
 
 @contextmanager
-def record(model: Model) -> Iterator[Trace]:
-    """Keep what passes END in *one* forward pass of the model.
+def record(model: Model, *, where: Where = "end") -> Iterator[Trace]:
+    """Keep what passes END, or every position, in *one* forward pass of the model.
 
     Raises:
         RuntimeError: on leaving, if some layer did not pass exactly once.
     """
     trace = Trace()
+    items = {"attention": 0, "mlp": 0}
 
-    def end(value: Any) -> Tensor:
-        tensor = value[0] if isinstance(value, tuple) else value
-        return tensor[:, -1].detach().clone()  # clone: some layers add in place afterwards
+    def copied(value: Tensor, batch: int) -> Tensor:
+        # OPT's MLP sees batch and token as one axis; clone, since some layers add in place later.
+        value = value.reshape(batch, -1, value.shape[-1])
+        return (value if where == "all" else value[:, -1]).detach().clone()
 
-    def on_layer(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        trace.entry.append(end(args[0]))
+    def on_layer(_: nn.Module, args: tuple[Any, ...]) -> None:
+        trace.entry.append(copied(args[0], len(args[0])))
+
+    def on_z(_: nn.Module, args: tuple[Any, ...]) -> None:
+        trace.z.append(copied(args[0], len(trace.entry[-1])))
+
+    def on_block(name: str, kept: list[Tensor]) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            items[name] = item_count(output)
+            kept.append(copied(first(output), len(trace.entry[-1])))
+
+        return hook
+
+    def on_return(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+        rest = tuple(None if isinstance(value, Cache) else value for value in args[1:])
         without = {key: value for key, value in kwargs.items() if not isinstance(value, Cache)}
-        trace.calls.append((args[1:], without))
+        trace.calls.append(Call(rest, without, **items))
 
     with ExitStack() as stack:
         for index in range(model.layers):
-            out = model.part(index, model.family.out)
-            attention = model.part(index, model.family.attention)
-            mlp = model.part(index, model.family.mlp)
+            layer, family = model.layer(index), model.family
+            attention, mlp = (model.part(index, path) for path in (family.attention, family.mlp))
             handles = (
-                model.layer(index).register_forward_pre_hook(on_layer, with_kwargs=True),
-                out.register_forward_pre_hook(lambda _, args: trace.z.append(end(args[0]))),
-                attention.register_forward_hook(lambda *a: trace.attention.append(end(a[-1]))),
-                mlp.register_forward_hook(lambda *a: trace.mlp.append(end(a[-1]))),
+                layer.register_forward_pre_hook(on_layer),
+                model.part(index, family.out).register_forward_pre_hook(on_z),
+                attention.register_forward_hook(on_block("attention", trace.attention)),
+                mlp.register_forward_hook(on_block("mlp", trace.mlp)),
+                layer.register_forward_hook(on_return, with_kwargs=True),
             )
             for handle in handles:
                 stack.callback(handle.remove)
         yield trace
-    seen = {len(trace.z), len(trace.attention), len(trace.mlp), len(trace.entry)}
+    seen = {len(trace.z), len(trace.attention), len(trace.mlp), len(trace.calls)}
     if seen != {model.layers}:
         raise RuntimeError(
             f"record must see each of {model.layers} layers exactly once, saw {sorted(seen)}; "
@@ -124,14 +160,22 @@ def intervene(
 
         return model.part(layer, model.family.out).register_forward_pre_hook(hook)
 
-    def edit_mlp(part: Component) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            output = output.clone()
-            write(output, edits[part])
-            fired[part] += 1
-            return output
+    def edit_mlp(part: Component) -> list[Any]:
+        shape: list[int] = []  # of the layer's input: OPT's MLP sees batch and token as one axis
 
-        return model.part(part.layer, model.family.mlp).register_forward_hook(hook)
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            shape[:] = args[0].shape[:2]
+
+        def after(_: nn.Module, __: Any, output: Any) -> Any:
+            changed = first(output).clone(memory_format=torch.contiguous_format)
+            write(changed.view(*shape, -1), edits[part])
+            fired[part] += 1
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return [
+            model.layer(part.layer).register_forward_pre_hook(before),
+            model.part(part.layer, model.family.mlp).register_forward_hook(after),
+        ]
 
     with ExitStack() as stack:
         for layer in sorted({part.layer for part in edits}):
@@ -141,7 +185,8 @@ def intervene(
                 stack.callback(edit_heads(layer, heads).remove)
             for part in here:
                 if not isinstance(part, Head):
-                    stack.callback(edit_mlp(part).remove)
+                    for handle in edit_mlp(part):
+                        stack.callback(handle.remove)
         yield
     silent = [str(part) for part, count in fired.items() if count == 0]
     if silent:
@@ -170,13 +215,14 @@ def resume(
     """Let the model's forward start at ``layer`` with ``hidden`` as that layer's input.
 
     The layers below do not run; masks and positions are the model's own, computed from the
-    tokens that the caller passes. Nothing is substituted for layer 0.
+    tokens that the caller passes. Nothing is substituted for layer 0; the number of layers as
+    ``layer`` leaves only what follows the last layer (the final norm).
     """
     with ExitStack() as stack:
-        for index in range(layer):
-            stack.enter_context(substitute(model.layer(index), _pass_on))
         if layer:
-            stack.enter_context(substitute(model.layer(layer - 1), hidden))
+            output = packed(hidden, _layer_items(model))
+            for index in range(layer):
+                stack.enter_context(substitute(model.layer(index), output))
         yield
 
 
@@ -185,18 +231,103 @@ def states_entering(
 ) -> Float[Tensor, "batch token d_model"]:
     """Hidden states that enter a layer; the layers from there on do not run."""
     caught: list[Tensor] = []
+    items = _layer_items(model)
 
-    def catch(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    def catch(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Any:
         caught.append(hidden)
-        return hidden
+        return packed(hidden, items)
 
     with ExitStack() as stack:
-        stack.enter_context(substitute(model.layer(layer), catch))
-        for index in range(layer + 1, model.layers):
-            stack.enter_context(substitute(model.layer(index), _pass_on))
-        model.hf.base_model(input_ids=tokens, use_cache=False)
+        for index in range(layer, model.layers):
+            stack.enter_context(substitute(model.layer(index), catch))
+        model.trunk(input_ids=tokens, use_cache=False)
     return caught[0]
 
 
-def _pass_on(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    return hidden
+@torch.no_grad()
+def _layer_items(model: Model) -> int:
+    """How many items a layer returns in a tuple, 0 for a plain tensor.
+
+    It differs between architectures and between versions of transformers, so the first layer is
+    asked, with one token.
+    """
+    outputs: list[Any] = []
+    handle = model.layer(0).register_forward_hook(lambda *seen: outputs.append(seen[-1]))
+    with ExitStack() as stack:
+        stack.callback(handle.remove)
+        for index in range(1, model.layers):
+            stack.enter_context(substitute(model.layer(index), lambda *_a, **_k: outputs[0]))
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        model.trunk(input_ids=token, use_cache=False)
+    return item_count(outputs[0])
+
+
+def first(output: Any) -> Tensor:
+    """The tensor that a block computed: its output, or the first item of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def item_count(output: Any) -> int:
+    """Number of items of a tuple, 0 for a plain tensor."""
+    return len(output) if isinstance(output, tuple) else 0
+
+
+def packed(value: Tensor, items: int) -> Any:
+    """A tensor in the form in which a block returns it: plain, or first in a tuple of ``items``."""
+    return (value, *[None] * (items - 1)) if items else value
+
+
+class _Caught(Exception):
+    """What was wanted is there; the rest of the forward pass is not needed."""
+
+
+def attend(
+    model: Model,
+    layer: int,
+    hidden: Float[Tensor, "batch token d_model"],
+    given: Mapping[str, Float[Tensor, "batch token _"]],
+) -> Float[Tensor, "batch token z"]:
+    """Head outputs z of one layer's own attention; no other layer runs.
+
+    Args:
+        model: the model; its trunk makes masks and positions, for prompts without padding.
+        layer: the layer.
+        hidden: the residual streams that enter it.
+        given: what some modules return instead of computing, by their path from the layer: the
+            output of a projection, whole.
+
+    Raises:
+        RuntimeError: one of these modules never ran.
+    """
+    caught: list[Tensor] = []
+    silent = set(given)
+    module, items = model.layer(layer), _layer_items(model)
+    own = module.forward
+
+    def enter(_: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return own(hidden, *args, **kwargs)
+
+    def give(path: str) -> Any:
+        def forward(*_args: Any, **_kwargs: Any) -> Tensor:
+            silent.discard(path)
+            return given[path]
+
+        return forward
+
+    def catch(z: Tensor) -> Tensor:
+        caught.append(z)
+        raise _Caught
+
+    with ExitStack() as stack:
+        for below in range(layer):
+            stack.enter_context(substitute(model.layer(below), packed(hidden, items)))
+        stack.enter_context(substitute(module, enter))
+        for path in given:
+            stack.enter_context(substitute(model.part(layer, path), give(path)))
+        stack.enter_context(substitute(model.part(layer, model.family.out), catch))
+        stack.enter_context(suppress(_Caught))
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        model.trunk(input_ids=tokens, use_cache=False)
+    if silent:
+        raise RuntimeError(f"Every given output must be used, these were not: {sorted(silent)}.")
+    return caught[0]

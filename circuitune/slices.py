@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from circuitune.components import Head
 from circuitune.errors import UserError
 from circuitune.models import Model
+from circuitune.patching import wide
 from circuitune.runs import write_json
 
 Axis = Literal["rows", "cols"]
@@ -59,7 +60,15 @@ def head_slices(model: Model, heads: Sequence[Head]) -> list[Slice]:
     """The q and o slices of heads: rows of W_Q, columns of W_O.
 
     Keys and values are left alone: under grouped-query attention other heads share them.
+
+    Raises:
+        UserError: the family does not keep the queries of a head in rows of their own.
     """
+    if model.family.query is None:
+        raise UserError(
+            f"Tuning needs a family that keeps the queries of each head in rows of one matrix, "
+            f"{model.family.name} does not; choose a model of another family to tune."
+        )
     parts = []
     for head in heads:
         start, stop = head.index * model.d_head, (head.index + 1) * model.d_head
@@ -102,11 +111,9 @@ class SliceLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """The projection with its deltas, ``(W + delta) x``, without forming the sum."""
         y = self.base(x)
-        if self.axis == "rows":
-            change = nn.functional.linear(x.to(self.delta.dtype), self.delta).to(y.dtype)
-            return torch.index_add(y, -1, self.index, change)
-        part = x[..., self.index].to(self.delta.dtype)
-        return y + nn.functional.linear(part, self.delta).to(y.dtype)
+        part = wide(x if self.axis == "rows" else x[..., self.index])
+        change = nn.functional.linear(part, self.delta.to(part.dtype)).to(y.dtype)
+        return torch.index_add(y, -1, self.index, change) if self.axis == "rows" else y + change
 
 
 @contextmanager
@@ -194,8 +201,12 @@ def load_delta(folder: Path) -> Delta:
     """
     try:
         facts = json.loads((folder / COMPONENTS).read_text(encoding="utf-8"))
-        return Delta(load_file(folder / DELTA), facts)
-    except (OSError, ValueError, SafetensorError) as error:
+        delta = Delta(load_file(folder / DELTA), facts)
+        untouched = {_parse_key(key)[0] for key in delta.tensors} ^ set(facts["touched"])
+        if untouched or not isinstance(facts["base"], str):
+            raise ValueError("its tensors are not those of its record")
+        return delta
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             f"A tuned folder must hold {DELTA} and {COMPONENTS}, {folder} does not "
             f"({type(error).__name__}: {str(error)[:100]}); run `circuitune tune` first."
@@ -241,7 +252,7 @@ def merged(model: Model, delta: Delta) -> Iterator[None]:
             for key, value in delta.tensors.items():
                 name, place = _parse_key(key)
                 target = parameters[name]
-                exact = target[place].float() + value.to(target.device)
+                exact = wide(target[place]) + value.to(target.device)
                 target[place] = exact.to(target.dtype)
         yield
     finally:

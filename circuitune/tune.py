@@ -225,19 +225,36 @@ class LossLog(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
+@dataclass(frozen=True)
+class TrainingSet:
+    """Everything that enters the lowest tuned layer, computed once; shared by all variants."""
+
+    layer: int
+    items: list[dict[str, Any]]
+    text: PlainText
+    tokens: int
+
+
+def training_set(model: Model, examples: Sequence[Example], layer: int) -> TrainingSet:
+    """Run the frozen layers below ``layer`` over the examples and the plain text."""
+    entering = prefix_states(model, examples, layer)
+    items = [
+        {"example": example, "hidden": entering[place], "place": place}
+        for place, example in enumerate(examples)
+    ]
+    tokens = sum(len(example.tokens) - 1 for example in examples)
+    return TrainingSet(layer, items, plain_text(model, training_text(), layer), tokens)
+
+
 def train(
-    model: Model,
-    parts: Sequence[Slice],
-    examples: Sequence[Example],
-    config: TuneConfig,
-    work: Path,
+    model: Model, parts: Sequence[Slice], data: TrainingSet, config: TuneConfig, work: Path
 ) -> Outcome:
     """Train deltas for the given slices.
 
     Args:
         model: the model in its training precision; left exactly as it was.
-        parts: what is trainable.
-        examples: training texts.
+        parts: what is trainable, at or above the layer of ``data``.
+        data: what enters that layer.
         config: options.
         work: folder for the Trainer's files and ``log.jsonl``.
 
@@ -245,20 +262,13 @@ def train(
         UserError: the loss became NaN or infinite.
     """
     started = time.monotonic()
-    lowest = min(part.layer for part in parts)
-    entering = prefix_states(model, examples, lowest)
-    text = plain_text(model, training_text(), lowest)
-    data = [
-        {"example": example, "hidden": entering[place], "place": place}
-        for place, example in enumerate(examples)
-    ]
     log = LossLog(work / "log.jsonl")
     with attached(model, parts) as views:
         trainer = Trainer(
-            model=Supervised(model, lowest, config.keep),
+            model=Supervised(model, data.layer, config.keep),
             args=training_arguments(model, config, work),
-            train_dataset=data,
-            data_collator=partial(collate, text=text),
+            train_dataset=data.items,
+            data_collator=partial(collate, text=data.text),
             callbacks=[log],
         )
         trainer.remove_callback(PrinterCallback)
@@ -269,9 +279,7 @@ def train(
             f"Training must keep the loss finite, it did not (last losses {log.losses[-3:]}); "
             "lower --learning-rate."
         )
-    seconds = time.monotonic() - started
-    tokens = sum(len(example.tokens) - 1 for example in examples)
-    return Outcome(deltas, seconds, tokens, log.losses)
+    return Outcome(deltas, time.monotonic() - started, data.tokens, log.losses)
 
 
 def training_text() -> list[str]:
@@ -350,12 +358,13 @@ def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
     precision = training_precision(model, config.precision)
     trained = in_precision(model, precision)
     variants = {}
+    data = training_set(trained, examples, min(head.layer for head in chosen))
     (work / "tuned").mkdir()
     for name, heads in methods.items():
         folder = work / "tuned" if name == "precise" else work / "tuned" / name
         folder.mkdir(exist_ok=True)
         parts = head_slices(model, heads)
-        outcome = train(trained, parts, examples, config, work)
+        outcome = train(trained, parts, data, config, work)
         facts = describe(model, name, heads, outcome, config)
         save_delta(folder, model, outcome.deltas, facts)
         (work / "log.jsonl").rename(folder / "log.jsonl")

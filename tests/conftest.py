@@ -24,6 +24,30 @@ TINY = {
     "bos_token_id": 256,
     "eos_token_id": 257,
 }
+SQUARE = {"vocab_size": 258, "bos_token_id": 256, "eos_token_id": 257}
+# Families with other names for sizes, or whose heads must fill the model's width.
+TINY_OF = {
+    "gpt2": SQUARE | {"n_embd": 32, "n_inner": 40, "n_layer": 4, "n_head": 4, "n_positions": 64},
+    "gptj": SQUARE
+    | {"n_embd": 32, "n_inner": 40, "n_layer": 4, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "opt": SQUARE
+    | {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 40,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+}
+for name in ("phi", "gpt_neox", "falcon"):
+    TINY_OF[name] = SQUARE | {
+        "hidden_size": 32,
+        "ffn_hidden_size" if name == "falcon" else "intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -44,10 +68,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_hf(family: str, *, seed: int = 0, **overrides: object) -> torch.nn.Module:
     """A random model of a family, in float64, with weights large enough to matter."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **(TINY | overrides))
+    config = AutoConfig.for_model(family, **(TINY_OF.get(family, TINY) | overrides))
     model = AutoModelForCausalLM.from_config(config).double().eval()
     for parameter in model.parameters():
-        if parameter.ndim == 2:
+        if parameter.ndim >= 2:  # three axes: the experts of a mixture
             torch.nn.init.normal_(parameter, std=0.25)
     return model
 

@@ -88,7 +88,9 @@ def test_drift_is_zero_for_a_zero_delta_and_right_for_another(
 def test_drift_records_by_hand() -> None:
     base = np.array([[2.0, 4.0, 0.0]] * 5)
     tuned = np.array([[2.0, 4.2, 0.02]] * 5)
-    records = {(r["variant"], r["metric"]): r for r in drift_records({"base": base, "t": tuned}, seed=0)}
+    records = {
+        (r["variant"], r["metric"]): r for r in drift_records({"base": base, "t": tuned}, seed=0)
+    }
     assert records["base", "perplexity"]["value"] == pytest.approx(np.exp(2.0))
     assert records["t", "perplexity_change"]["value"] == pytest.approx(np.exp(0.1) - 1)
     assert records["t", "kl"]["value"] == pytest.approx(0.01)

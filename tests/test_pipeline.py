@@ -38,7 +38,16 @@ def arguments(model: Path, pairs: Path, run: Path) -> list[str]:
     """A small run of everything."""
     options = "--most 4 --sizes 1,2,4 --controls 10 --heads 2 --steps 3 --batch-size 4"
     more = "--problems 20 --precision float32"
-    return ["run", str(model), "--out", str(run), "--pairs", str(pairs), *options.split(), *more.split()]
+    return [
+        "run",
+        str(model),
+        "--out",
+        str(run),
+        "--pairs",
+        str(pairs),
+        *options.split(),
+        *more.split(),
+    ]
 
 
 def command(*words: str) -> None:
@@ -110,7 +119,11 @@ def test_changed_options_redo_only_what_depends_on_them(
     command("validate", str(finished), "--sizes", "1,2", "--controls", "10")
     assert "validate:" in capsys.readouterr().err
     assert set(pd.read_parquet(finished / "knockout.parquet")["k"]) == {0, 1, 2}
-    command("tune", str(finished), *"--heads 2 --steps 3 --batch-size 4 --precision float32".split())
+    command(
+        "tune",
+        str(finished),
+        *["--heads", "2", "--steps", "3", "--batch-size", "4", "--precision", "float32"],
+    )
     assert "tune: done before" in capsys.readouterr().err
 
 

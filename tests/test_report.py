@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from tests.fixture_run import CHOSEN, EXAMPLES, write_run
 from rich.console import Console
 
 import circuitune.report
 from circuitune.errors import UserError
 from circuitune.report import summarise, write_report
 from circuitune.report.terminal import render
+from tests.fixture_run import CHOSEN, EXAMPLES, write_run
 
 _VOID = {"meta", "link", "br", "img", "hr", "input"}
 

@@ -25,6 +25,7 @@ from circuitune.tune import (
     train,
     training_precision,
     training_problems,
+    training_set,
     training_text,
 )
 
@@ -81,7 +82,9 @@ def test_loss_is_the_cross_entropy_of_the_answer_tokens(
     terms = []
     for example in examples[:4]:
         logits = model.hf(torch.tensor([example.tokens])).logits[0].log_softmax(dim=-1)
-        terms += [-logits[i - 1, example.tokens[i]] for i in range(example.start, len(example.tokens))]
+        terms += [
+            -logits[i - 1, example.tokens[i]] for i in range(example.start, len(example.tokens))
+        ]
     assert loss == pytest.approx(float(torch.stack(terms).mean()), abs=1e-9)
 
 
@@ -105,7 +108,7 @@ def test_training_leaves_every_byte_outside_the_slices(
     model = in_precision(tiny(family), torch.float32)
     before = {name: value.clone() for name, value in model.hf.state_dict().items()}
     parts = head_slices(model, HEADS)
-    outcome = train(model, parts, examples, SMALL, tmp_path)
+    outcome = train(model, parts, training_set(model, examples, 2), SMALL, tmp_path)
     after = model.hf.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -117,9 +120,10 @@ def test_training_leaves_every_byte_outside_the_slices(
     assert touched == {
         f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (2, 3) for name in "qo"
     }
-    change = tuned["model.layers.2.self_attn.q_proj.weight"] - before[
-        "model.layers.2.self_attn.q_proj.weight"
-    ]
+    change = (
+        tuned["model.layers.2.self_attn.q_proj.weight"]
+        - before["model.layers.2.self_attn.q_proj.weight"]
+    )
     assert change[8:16].abs().max() > 0
     assert torch.equal(change[:8], torch.zeros_like(change[:8]))
     assert torch.equal(change[16:], torch.zeros_like(change[16:]))
@@ -132,10 +136,11 @@ def test_training_lowers_the_loss_and_repeats_exactly(
     model = in_precision(tiny(), torch.float32)
     problems = training_problems(pair_set, [], config)
     texts = [to_example(model, problem, Writing("", False)) for problem in problems]
+    data = training_set(model, texts, 2)
     runs = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        runs.append(train(model, head_slices(model, HEADS), texts, config, tmp_path / name))
+        runs.append(train(model, head_slices(model, HEADS), data, config, tmp_path / name))
     assert sum(runs[0].losses[-5:]) < sum(runs[0].losses[:5])
     for part, value in runs[0].deltas.items():
         assert torch.equal(value, runs[1].deltas[part])
@@ -156,7 +161,7 @@ def test_exploding_training_is_one_sentence(
     model = in_precision(tiny(), torch.float32)
     wild = TuneConfig(steps=4, batch_size=8, learning_rate=1e38)
     with pytest.raises(UserError, match="lower --learning-rate"):
-        train(model, head_slices(model, HEADS), examples, wild, tmp_path)
+        train(model, head_slices(model, HEADS), training_set(model, examples, 2), wild, tmp_path)
 
 
 def test_precision_names(tiny: Callable[..., Model]) -> None:

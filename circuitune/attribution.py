@@ -17,6 +17,7 @@ It screens, the exact sweep decides. Checked in ``tests/test_attribution.py``.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,19 +77,18 @@ def attribute(
             f"Attribution needs at least one step, found {steps}; 1 is plain attribution patching."
         )
     shares = [0.0] if steps == 1 else [(step + 0.5) / steps for step in range(steps)]
-    right = torch.as_tensor(np.asarray(answers), device=clean.z.device)
 
-    def score(states: Tensor, chunk: slice) -> Tensor:
-        logits = unembed(model, finish(model, states), candidates)
-        return _measure(logits, right[chunk], metric).sum()
+    def score(right: Tensor, states: Tensor) -> Tensor:
+        return _measure(unembed(model, finish(model, states), candidates), right, metric).sum()
 
     z_slope, mlp_slope = torch.zeros_like(clean.z), torch.zeros_like(clean.mlp)
     for start in range(0, len(clean.final), EXAMPLES_PER_PASS):
         chunk = slice(start, start + EXAMPLES_PER_PASS)
+        right = torch.as_tensor(answers[chunk], device=clean.z.device)
         for share in shares:
             z = torch.lerp(clean.z[:, chunk], corrupt.z[:, chunk], share)
             entry = torch.lerp(clean.entry[0, chunk], corrupt.entry[0, chunk], share)
-            slopes = _slopes(model, clean, z, entry, lambda states: score(states, chunk))
+            slopes = _slopes(model, clean, z, entry, partial(score, right))
             z_slope[:, chunk] += slopes[0] / steps
             mlp_slope[:, chunk] += slopes[1] / steps
     by_head = ((corrupt.z - clean.z) * z_slope).unflatten(-1, (model.heads, model.d_head)).sum(-1)
@@ -100,7 +100,7 @@ def attribute(
     ]
     with torch.no_grad():
         logits = unembed(model, clean.final, candidates).cpu().numpy()
-    base = measure(logits, np.asarray(answers))[metric]
+    base = measure(logits, answers)[metric]
     change = torch.stack(estimates).double().cpu().numpy()
     return EffectTable(parts, {metric: base}, {metric: base + change})
 

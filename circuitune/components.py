@@ -5,6 +5,7 @@ The words of the project, used literally everywhere:
 ==============  ==================================================================================
 clean, corrupt  the prompt with the calculation, and its counterpart without (operator replaced)
 sender          the component whose output is changed; receiver: where the change is read
+path            sender, receiver, answer; role: a named set of positions, such as the operator
 patch           give a component, in the clean run, the output that it has in the corrupt run
 direct effect   change of the answer when a sender is patched and every other head is held
 knockout        ablate a whole set and count the answers that survive
@@ -19,13 +20,14 @@ Axis names of array shapes: ``example`` (one prompt pair), ``sender`` (one compo
 ``inputs`` and ``outputs`` (of a projection), ``slice`` (its trained rows or columns), ``batch``
 (prompts that run together); in training ``text`` and ``text_token`` (rows of plain text); in
 statistics ``row`` (whatever is compared), ``unit`` (what is resampled whole), ``draw`` (resamples)
-and ``test`` (hypotheses); ``paragraph`` and ``quantity`` (what is summed over a paragraph).
+and ``test`` (hypotheses); ``paragraph`` and ``quantity`` (what is summed over a paragraph); of
+paths ``receiver``, ``role`` and ``cell`` (one position of one example).
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from circuitune.errors import UserError
 
@@ -52,6 +54,31 @@ class Mlp:
 
 
 Component = Head | Mlp
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The token embeddings as a sender, printed ``embed``; they lie below layer 0."""
+
+    layer: int = -1
+
+    def __str__(self) -> str:
+        return "embed"
+
+
+Sender = Component | Embedding
+Kind = Literal["q", "k", "v"]
+
+
+@dataclass(frozen=True, order=True)
+class Receiver:
+    """The query, key or value of one query head, printed ``12.3.q``."""
+
+    head: Head
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"{self.head}.{self.kind}"
 
 
 def parse_component(text: str) -> Component:

@@ -11,7 +11,7 @@ answer. Three metrics are computed from the logits of the admissible answers at 
   Zhang et al. (2024, section 3). Kept beside the others; a raw logit has no meaningful zero.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from circuitune.components import Component, parse_component
+from circuitune.components import Component, Embedding, Receiver, Sender, parse_component
 from circuitune.errors import UserError
 from circuitune.stats import Interval, bootstrap_means
 
@@ -56,6 +56,16 @@ def measure(
     }
 
 
+def change(
+    clean: Mapping[Metric, Float[np.ndarray, " example"]],
+    patched: Mapping[Metric, Float[np.ndarray, "*batch example"]],
+    metric: Metric,
+) -> Float[np.ndarray, "*batch example"]:
+    """Patched minus clean (divided by clean for ``relative_logit``), from values of `measure`."""
+    difference = patched[metric] - clean[metric]
+    return difference / clean[metric] if metric == "relative_logit" else difference
+
+
 @dataclass(frozen=True)
 class EffectTable:
     """Per-example effects of components, the result of every way to locate.
@@ -83,8 +93,7 @@ class EffectTable:
 
     def effect(self, metric: Metric = "logit_diff") -> Float[np.ndarray, "sender example"]:
         """Patched minus clean (divided by clean for ``relative_logit``), per example."""
-        change = self.patched[metric] - self.clean[metric]
-        return change / self.clean[metric] if metric == "relative_logit" else change
+        return change(self.clean, self.patched, metric)
 
     def mean(self, metric: Metric = "logit_diff") -> Float[np.ndarray, " sender"]:
         """Mean effect of each component over the examples."""
@@ -165,3 +174,57 @@ class EffectTable:
             clean[metric] = first["clean"].to_numpy()
             patched[metric] = table.to_numpy()
         return cls(tuple(parse_component(name) for name in names), clean, patched)
+
+
+@dataclass(frozen=True)
+class PathTable:
+    """Per-example effects of paths.
+
+    Attributes:
+        receivers, roles, senders: what the first three axes of ``patched`` count.
+        clean: metric value of the clean run per metric; as in `EffectTable` the raw answer logit
+            for ``relative_logit``.
+        patched: the same with one path patched.
+    """
+
+    receivers: tuple[Receiver, ...]
+    roles: tuple[str, ...]
+    senders: tuple[Sender, ...]
+    clean: dict[Metric, Float[np.ndarray, " example"]]
+    patched: dict[Metric, Float[np.ndarray, "receiver role sender example"]]
+
+    def effect(
+        self, metric: Metric = "logit_diff"
+    ) -> Float[np.ndarray, "receiver role sender example"]:
+        """Patched minus clean (divided by clean for ``relative_logit``).
+
+        Negative: what the sender brings to the receiver supports the answer.
+        """
+        return change(self.clean, self.patched, metric)
+
+    def into(self, receiver: Receiver, role: str) -> EffectTable:
+        """The components that feed one receiver, for ranks and intervals (embeddings left out)."""
+        at = self.receivers.index(receiver), self.roles.index(role)
+        rows = [row for row, part in enumerate(self.senders) if not isinstance(part, Embedding)]
+        patched = {metric: values[at][rows] for metric, values in self.patched.items()}
+        return EffectTable(tuple(self.senders[row] for row in rows), self.clean, patched)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Tidy form: one row per (receiver, role, sender, example, metric)."""
+        axes = {
+            "receiver": [str(receiver) for receiver in self.receivers],
+            "role": self.roles,
+            "sender": [str(sender) for sender in self.senders],
+            "example": range(len(next(iter(self.clean.values())))),
+        }
+        rows = pd.MultiIndex.from_product(axes.values(), names=axes).to_frame(index=False)
+        frames = [
+            rows.assign(
+                metric=metric,
+                clean=np.broadcast_to(self.clean[metric], values.shape).reshape(-1),
+                patched=values.reshape(-1),
+                effect=self.effect(metric).reshape(-1),
+            )
+            for metric, values in self.patched.items()
+        ]
+        return pd.concat(frames, ignore_index=True)

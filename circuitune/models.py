@@ -118,7 +118,9 @@ def wrap(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str = 
     if family.proven:
         check_explained(config, _code_of(hf), source)
     hf.eval().requires_grad_(False)
-    return Model(hf=hf, tokenizer=tokenizer, family=family, source=source, **_sizes(hf, family, source))
+    return Model(
+        hf=hf, tokenizer=tokenizer, family=family, source=source, **_sizes(hf, family, source)
+    )
 
 
 def _sizes(hf: PreTrainedModel, family: Family, source: str) -> dict[str, int]:
@@ -194,7 +196,7 @@ def check_explained(config: PreTrainedConfig, code: str, source: str) -> None:
 
     An attribute counts if it differs from the default of its class, and no list in
     `circuitune.families` names it. One that the class does not declare is inert unless ``code``,
-    the source text that runs the model, mentions it.
+    the source text that runs the model, reads it.
 
     Raises:
         UserError: there is such an attribute.
@@ -204,7 +206,8 @@ def check_explained(config: PreTrainedConfig, code: str, source: str) -> None:
     for name, value in config.to_dict().items():
         if name in known or (name in defaults and value == defaults[name]):
             continue
-        if name in defaults or re.search(rf"\b{re.escape(name)}\b", code):
+        read = rf"config\.{re.escape(name)}\b|[\"']{re.escape(name)}[\"']"
+        if name in defaults or re.search(read, code):
             raise UserError(
                 f"Every attribute of the configuration must be understood, {name} = "
                 f"{str(value)[:60]!r} of {source} is not; if it cannot change how a head acts on "

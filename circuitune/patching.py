@@ -131,9 +131,7 @@ def prefill(model: Model, prompts: Sequence[Sequence[int]]) -> Prompts:
         cache = DynamicCache()  # keeps all tokens; sliding windows are in the model's own masks
         if tokens.shape[1] > 1:
             inputs = before if ragged else {}
-            model.trunk(
-                input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True, **inputs
-            )
+            model.trunk(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True, **inputs)
         batches.append(Batch(places, cache, tokens[:, -1:], at_end if ragged else {}))
     return Prompts(tuple(batches), len(prompts))
 
@@ -196,9 +194,7 @@ def _run_end(model: Model, batch: Batch) -> Float[Tensor, "example width"]:
     return output.last_hidden_state[:, -1]
 
 
-def finish(
-    model: Model, state: Float[Tensor, "*batch d_model"]
-) -> Float[Tensor, "*batch width"]:
+def finish(model: Model, state: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch width"]:
     """What the model makes of residual streams after its last layer, at least float32.
 
     The model's own code runs: the final norm, and in some models a projection.

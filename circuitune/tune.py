@@ -319,7 +319,8 @@ def training_precision(model: Model, wanted: str) -> torch.dtype:
         if model.device.type == "cuda":
             fast = torch.cuda.is_bf16_supported()
         else:
-            fast = torch.cpu._is_amx_tile_supported()
+            # A private probe, and absent from some builds: without it, stay with float32.
+            fast = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
         return torch.bfloat16 if fast else torch.float32
     if wanted not in ("float32", "bfloat16"):
         raise UserError(f"precision must be float32, bfloat16 or auto, found {wanted!r}.")

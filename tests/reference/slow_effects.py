@@ -28,9 +28,10 @@ def run_with(model: Model, tokens: list[int], z_at: dict[int, Tensor], mlp_at: d
 
         def on_mlp(_, __, output, layer=layer):
             output = output.clone()
+            rows = output.view(len(tokens), -1)  # of the one prompt; OPT has no batch axis here
             if layer in mlp_at:
-                output.view(1, len(tokens), -1)[0, -1] = mlp_at[layer]
-            seen["mlp"][layer] = output.view(1, len(tokens), -1)[0, -1].clone()
+                rows[-1] = mlp_at[layer]
+            seen["mlp"][layer] = rows[-1].clone()
             return output
 
         handles.append(model.part(layer, model.family.out).register_forward_pre_hook(on_z))
@@ -43,17 +44,22 @@ def run_with(model: Model, tokens: list[int], z_at: dict[int, Tensor], mlp_at: d
 
 
 def slow_patched_logits(
-    model: Model, clean: list[int], corrupt: list[int], sender: Component, candidates: Sequence[int]
+    model: Model,
+    clean: list[int],
+    corrupt: list[int],
+    senders: Sequence[Component],
+    candidates: Sequence[int],
 ) -> Tensor:
-    """Candidate logits of the clean prompt with one sender patched and every other head held."""
+    """Candidate logits of the clean prompt, one row per patched sender, every other head held."""
     _, z_clean, _ = run_with(model, clean, {}, {})
     _, z_corrupt, mlp_corrupt = run_with(model, corrupt, {}, {})
-    z = {layer: value.clone() for layer, value in z_clean.items()}
-    mlp = {}
-    if isinstance(sender, Head):
-        width = slice(sender.index * model.d_head, (sender.index + 1) * model.d_head)
-        z[sender.layer][width] = z_corrupt[sender.layer][width]
-    else:
-        mlp[sender.layer] = mlp_corrupt[sender.layer]
-    logits, _, _ = run_with(model, clean, z, mlp)
-    return logits[list(candidates)]
+    rows = []
+    for sender in senders:
+        layer, z, mlp = sender.layer, {k: value.clone() for k, value in z_clean.items()}, {}
+        if isinstance(sender, Head):
+            width = slice(sender.index * model.d_head, (sender.index + 1) * model.d_head)
+            z[layer][width] = z_corrupt[layer][width]
+        else:
+            mlp[layer] = mlp_corrupt[layer]
+        rows.append(run_with(model, clean, z, mlp)[0][list(candidates)])
+    return torch.stack(rows)

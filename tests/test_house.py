@@ -22,7 +22,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 # A module imports only from rows above its own; the package report/ is one row.
 ROWS = [
     *("errors", "components", "config", "stats", "effects", "problems", "runs"),
-    *("families", "models", "sites", "patching", "attribution", "selftest"),
+    *("families", "models", "sites", "patching", "paths", "attribution", "selftest"),
     *("pairs", "slices", "locate", "validate", "explain", "transfer", "tune", "evaluate"),
     *("report", "cli", "__main__"),
 ]

@@ -78,6 +78,12 @@ def test_a_two_token_answer_is_refused_by_name() -> None:
 def test_an_answer_that_changes_its_prompt_is_refused() -> None:
     with pytest.raises(UserError, match="move the space"):
         encode(spaced_tokenizer(), [SUM, pair("2 + 1 = ", "3")])
+    merging = Tokenizer(models.WordLevel({"?": 0, "x": 1, "a": 2, "ab": 3, "c": 4, "d": 5}, "?"))
+    merging.pre_tokenizer = pre_tokenizers.Split(Regex("ab|."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging, unk_token="?")
+    assert encode(tokenizer, [pair("xa", "c"), pair("xa", "d")]).candidates == (4, 5)
+    with pytest.raises(UserError, match="'bc' after 'xa' is not"):  # x a, then x ab c
+        encode(tokenizer, [pair("xa", "bc"), pair("xa", "d")])
 
 
 def test_one_answer_alone_cannot_be_compared() -> None:

@@ -490,3 +490,31 @@ def test_the_report_knows_only_errors_and_statistics() -> None:
             names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
             own = [name for name in names if name.startswith("circuitune")]
             assert all(name.startswith(allowed) for name in own), path.name
+
+
+def test_certainty_speaks_only_of_what_was_measured(run: Path) -> None:
+    assert circuitune.report.summarise(run).certainty == ()
+
+    path = run / "circuit.json"
+    content = json.loads(path.read_text())
+    content["significance"] = {
+        "tested": 300,
+        "significant": 41,
+        "false_discovery": 0.05,
+        "share_cut": 0.02,
+        "total_effect": -9.5,
+        "key": [{"id": "20.8", "share": 0.11, "p_adjusted": 0.001}],
+    }
+    content["stability"] = {
+        "k": 5,
+        "pairs": 70,
+        "bootstrap_jaccard": [0.71, 0.4, 1.0],
+        "split_half_jaccard": [0.5, 0.3, 0.7],
+        "pairs_for_jaccard_0.8": 280,
+    }
+    path.write_text(json.dumps(content))
+    first, second = circuitune.report.summarise(run).certainty
+    assert "41 of 300 components" in first
+    assert "20.8 (11%)" in first
+    assert "0.71 [0.40, 1.00] on 70 pairs" in second
+    assert "about 280 pairs" in second

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -181,11 +181,17 @@ def _circuit(source: Source) -> Circuit:
     return Circuit(
         components=components,
         size=len(components) if size is None else int(size),
+        significance=_optional_mapping(top, "significance"),
+        stability=_optional_mapping(top, "stability"),
         rule=rule,
         metric=str(rule.get("metric", "logit_diff")),
         task=top.text("task"),
         single_pass=None if single is None else _single_pass(single),
     )
+
+
+def _optional_mapping(item: Item, name: str) -> Mapping[str, object]:
+    return item.mapping(name) if item.values.get(name) is not None else {}
 
 
 def _single_pass(item: Item) -> SinglePass:

@@ -149,10 +149,13 @@ class Circuit:
     """The ranked components, most important first; `rule` is free text by field.
 
     `size` of them, from the top, make the circuit; the rest is ranked for the curves.
+    `significance` and `stability` say how sure the first sweep is; empty where not measured.
     """
 
     components: tuple[RankedComponent, ...]
     size: int
+    significance: Mapping[str, object]
+    stability: Mapping[str, object]
     rule: Mapping[str, object]
     metric: str
     task: str

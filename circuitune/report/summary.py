@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from circuitune.report import format as fmt
+from circuitune.report.certainty import certainty
 from circuitune.report.format import MISSING, Cell
 from circuitune.report.headline import headline, primary_task
 from circuitune.report.load import stage_command
@@ -51,6 +52,7 @@ class Summary:
         card: Facts about the model and the run, label and text.
         pairs: Tasks with the share of problems that the model answers.
         prefixes: Prompt prefixes that were tried, None where there was no choice.
+        certainty: How sure the first sweep is, in sentences; empty where not measured.
         ranking: The chosen components, most important first.
         single_pass: The first components of the paper's ranking, None where it was not made.
         knockout: Accuracy by number of components removed, None before `validate`.
@@ -65,6 +67,7 @@ class Summary:
     card: tuple[tuple[str, str], ...]
     pairs: Table
     prefixes: Table | None
+    certainty: tuple[str, ...]
     ranking: Table
     single_pass: Table | None
     knockout: Table | None
@@ -83,6 +86,7 @@ def build(run: Run, measured: Measured) -> Summary:
         card=_card(run),
         pairs=_pairs(run),
         prefixes=_prefixes(run),
+        certainty=certainty(circuit),
         ranking=_ranking(run, measured.effects.get(circuit.metric, {})),
         single_pass=_single_pass(circuit.single_pass),
         knockout=None if curves is None else _knockout(curves, circuit.task),

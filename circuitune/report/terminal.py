@@ -25,6 +25,8 @@ def render(summary: Summary) -> RenderableType:
         parts += [_sentence(line), Text()]
     located = (summary.pairs, summary.ranking, summary.single_pass)
     tuning = summary.tuning and summary.tuning.transposed()
+    for line in summary.certainty:
+        parts += [Text(line, style="dim"), Text()]
     for table in (*located, summary.knockout, summary.other_tasks, tuning):
         if table is not None:
             parts += [_FittedTable(table), Text()]

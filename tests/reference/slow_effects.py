@@ -44,13 +44,9 @@ def run_with(model: Model, tokens: list[int], z_at: dict[int, Tensor], mlp_at: d
 
 
 def slow_patched_logits(
-    model: Model,
-    clean: list[int],
-    corrupt: list[int],
-    senders: Sequence[Component],
-    candidates: Sequence[int],
+    model: Model, clean: list[int], corrupt: list[int], senders: Sequence[Component], choice: list
 ) -> Tensor:
-    """Candidate logits of the clean prompt, one row per patched sender, every other head held."""
+    """Logits of ``choice`` after the clean prompt, a row per patched sender, other heads held."""
     _, z_clean, _ = run_with(model, clean, {}, {})
     _, z_corrupt, mlp_corrupt = run_with(model, corrupt, {}, {})
     rows = []
@@ -61,5 +57,5 @@ def slow_patched_logits(
             z[layer][width] = z_corrupt[layer][width]
         else:
             mlp[layer] = mlp_corrupt[layer]
-        rows.append(run_with(model, clean, z, mlp)[0][list(candidates)])
+        rows.append(run_with(model, clean, z, mlp)[0][choice])
     return torch.stack(rows)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import ttest_1samp
 from tqdm.auto import tqdm
 
 from circuitune.components import Choice, Circuit, Component, Head, all_components
@@ -24,7 +25,6 @@ from circuitune.stats import (
     advise_sample_size,
     benjamini_hochberg,
     bootstrap_jaccard,
-    sign_flip_p,
     split_half_agreement,
 )
 
@@ -182,7 +182,7 @@ def locate(model: Model, config: LocateConfig, run: Path, work: Path) -> None:
     single = single_pass(heads, task, most=config.most, rng=rng, draws=config.draws)
     content = circuit.to_json() | {
         "single_pass": single,
-        "significance": significance(table, total_effect(model, task), task, rng=rng),
+        "significance": significance(table, total_effect(model, task), task),
         "stability": stability(heads, max(circuit.size, 1), task, rng=rng),
     }
     write_json(work / "circuit.json", content)
@@ -213,18 +213,22 @@ def total_effect(model: Model, task: Task) -> float:
     return float(after - before)
 
 
-def significance(
-    table: EffectTable, total: float, task: Task, *, rng: np.random.Generator
-) -> dict[str, Any]:
+def significance(table: EffectTable, total: float, task: Task) -> dict[str, Any]:
     """Which components matter, by a cut that has a scale of its own.
 
     A raw logit has an arbitrary zero, so the paper's -5 % of it selects nothing on many models.
     Here a component is key if its mean effect is at least `SHARE_CUT` of the total effect, in
     its direction, and differs from zero after Benjamini-Hochberg correction over all components
-    (sign-flip test; prompts that share operands flip together).
+    (t test over the means of operand pairs, since prompts that share operands are not
+    independent; with ten pairs a permutation test could not pass the correction).
     """
     effects = table.effect("logit_diff")
-    adjusted = benjamini_hochberg(sign_flip_p(effects, rng=rng, groups=task.pairs.groups))
+    groups = np.array(task.pairs.groups)
+    means = np.stack(
+        [effects[:, groups == name].mean(axis=1) for name in np.unique(groups)], axis=1
+    )
+    p_values = ttest_1samp(means, 0.0, axis=1).pvalue if means.shape[1] > 1 else np.ones(len(means))
+    adjusted = benjamini_hochberg(np.nan_to_num(p_values, nan=1.0))
     shares = effects.mean(axis=1) / total
     key = [
         {"id": str(part), "share": float(share), "p_adjusted": float(p)}
@@ -241,7 +245,9 @@ def significance(
     }
 
 
-def stability(heads: EffectTable, k: int, task: Task, *, rng: np.random.Generator) -> dict[str, Any]:
+def stability(
+    heads: EffectTable, k: int, task: Task, *, rng: np.random.Generator
+) -> dict[str, Any]:
     """How stable the top k heads of one sweep are, and how many pairs would make them so."""
     effects, groups = heads.effect("logit_diff"), task.pairs.groups
     if len(set(groups)) < 4 or k >= len(effects):

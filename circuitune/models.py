@@ -210,7 +210,7 @@ def check_explained(config: PreTrainedConfig, code: str, source: str) -> None:
         if name in defaults or re.search(read, code):
             raise UserError(
                 f"Every attribute of the configuration must be understood, {name} = "
-                f"{str(value)[:60]!r} of {source} is not; if it cannot change how a head acts on "
+                f"{str(value)[:60]} of {source} is not; if it cannot change how a head acts on "
                 "the last position, add it to UNDERSTOOD in circuitune/families.py."
             )
 

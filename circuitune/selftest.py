@@ -143,10 +143,11 @@ def prove(model: Model) -> Report:
     except UserError:
         raise
     except Exception as error:  # an architecture that does not fit can fail anywhere
+        reason = (str(error).splitlines() or [""])[0][:120]
         raise UserError(
             f"The self-test must run before a model is measured, on {model.source} (type "
             f"{model.hf.config.model_type!r}) it stopped with {type(error).__name__}: "
-            f"{str(error)[:120]}; choose another model or add a record to circuitune/families.py."
+            f"{reason}; choose another model or add a record to circuitune/families.py."
         ) from error
     if not report.passed:
         raise UserError(

@@ -304,17 +304,17 @@ def attend(
     module, items = model.layer(layer), _layer_items(model)
     own = module.forward
 
-    def enter(_: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def enter(_: Any, *args: Any, **kwargs: Any) -> Any:
         return own(hidden, *args, **kwargs)
 
     def give(path: str) -> Any:
-        def forward(*_args: Any, **_kwargs: Any) -> Tensor:
+        def forward(*_args: Any, **_kwargs: Any) -> Any:
             silent.discard(path)
             return given[path]
 
         return forward
 
-    def catch(z: Tensor) -> Tensor:
+    def catch(z: Any) -> Any:
         caught.append(z)
         raise _Caught
 

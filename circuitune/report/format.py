@@ -83,7 +83,8 @@ def number(value: float, digits: int, *, signed: bool = False) -> str:
 def _cell(estimate: Estimate, unit: str, *, signed: bool, digits: int | None) -> Cell:
     places = _places(estimate) if digits is None else digits
     text = number(estimate.value, places, signed=signed) + unit
-    if estimate.low is None or estimate.high is None:
+    exact = estimate.low == estimate.value == estimate.high  # by construction, not by sampling
+    if estimate.low is None or estimate.high is None or exact:
         return Cell(text)
     ends = (number(end, places, signed=signed) for end in (estimate.low, estimate.high))
     return Cell(text, f"[{', '.join(ends)}]")

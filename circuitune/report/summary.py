@@ -329,7 +329,7 @@ def evaluation_cell(record: Evaluation) -> Cell:
         return fmt.points(record.estimate) if signed else fmt.accuracy(record.estimate)
     if metric == "perplexity_change":
         return fmt.percent(record.estimate, signed=True)
-    return fmt.plain(record.estimate, signed=difference, digits=3 if metric == "kl" else None)
+    return fmt.plain(record.estimate, signed=difference, digits=4 if metric == "kl" else None)
 
 
 def _measurements(run: Run) -> Table | None:

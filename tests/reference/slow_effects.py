@@ -1,7 +1,6 @@
 """Direct effects the slow way: one full hooked forward pass per sender and prompt.
 
-Nothing is shared with the fast sweep: no cache, no batching, no replay, plain torch hooks, the
-full prompt and the full vocabulary each time.
+Nothing is shared with the fast sweep: no cache, batch or replay, plain hooks, the whole prompt.
 """
 
 from collections.abc import Sequence

@@ -170,7 +170,7 @@ UNDERSTOOD: dict[str, tuple[str, ...]] = {
         *("router_aux_loss_coef", "output_router_logits"),
     ),
     "the tokenizer or generation uses it": (
-        *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "is_decoder"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
         *("task_specific_params", "tokenizer_class", "prefix"),
     ),
     "it belongs to classification or to bookkeeping": (
@@ -179,7 +179,7 @@ UNDERSTOOD: dict[str, tuple[str, ...]] = {
         *("architectures", "auto_map", "model_type", "transformers_version", "dtype"),
         *("torch_dtype", "_name_or_path", "name_or_path", "_attn_implementation"),
         *("_attn_implementation_internal", "_experts_implementation_internal"),
-        *("output_hidden_states", "output_attentions", "_output_attentions"),
+        *("output_hidden_states", "output_attentions", "_output_attentions", "is_decoder"),
     ),
 }
 

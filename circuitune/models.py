@@ -132,8 +132,8 @@ def _sizes(hf: PreTrainedModel, family: Family, source: str) -> dict[str, int]:
     layers = attrgetter(family.layers)(hf)
     shapes = {projection_shape(attrgetter(family.out)(layer)) for layer in layers}
     d_model, width = min(shapes)
-    heads = hf.config.get_text_config().num_attention_heads
-    d_head, rest = divmod(width, heads)
+    heads = getattr(hf.config.get_text_config(), "num_attention_heads", None) or 0
+    d_head, rest = divmod(width, heads) if heads else (0, width)
     made = projection_shape(attrgetter(family.key)(layers[0]))[0]
     keys = (made - width) // 2 if family.fused else made
     kv_heads, kv_rest = divmod(keys, d_head or 1)
@@ -270,9 +270,10 @@ def by_structure(hf: PreTrainedModel, source: str) -> Family:
 
 def _part(module: nn.Module, path: str) -> nn.Module | None:
     try:
-        return attrgetter(path)(module)
+        part = attrgetter(path)(module)
     except AttributeError:
         return None
+    return part if isinstance(part, nn.Module) else None
 
 
 def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Model:

@@ -451,6 +451,11 @@ def _read_record(line: str, where: str) -> dict[str, Any]:
             f"Every line of a pairs file must give clean, corrupt and answer, {where} does not; "
             "correct that line."
         )
+    if record["clean"] == record["corrupt"]:
+        raise UserError(
+            f"A corrupt prompt must differ from its clean one, in {where} they are the same; "
+            "replace what asks for the answer."
+        )
     kept = {item.name: record[item.name] for item in fields(Pair) if item.name in record}
     for name, value in kept.items():
         if not isinstance(value, str) or (name == "split" and value not in get_args(Split)):

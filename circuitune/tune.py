@@ -330,7 +330,7 @@ def training_precision(model: Model, wanted: str) -> torch.dtype:
 def choose_heads(circuit: Circuit, effects: EffectTable, count: int) -> tuple[Head, ...]:
     """The heads to tune: the strongest direct effects of the single sweep, by logit difference.
 
-    Measured against the iterated knockout set in ``docs/log.md``.
+    ``docs/log.md`` holds the comparison with the iterated knockout set and with random heads.
     """
     ranked = [part for part in effects.rank("logit_diff") if isinstance(part, Head)]
     if len(ranked) < count:
@@ -370,7 +370,7 @@ def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
         save_delta(folder, model, outcome.deltas, facts)
         (work / "log.jsonl").rename(folder / "log.jsonl")
         variants[name] = facts
-    rule = "strongest direct effects on the first task, one sweep, by logit difference"
+    rule = "Heads: the strongest direct effects on the first task, one sweep, by logit difference."
     content = {"variants": variants, "rule": rule, "precision": str(precision).split(".")[-1]}
     write_json(work / "tune.json", content)
 

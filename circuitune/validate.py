@@ -78,7 +78,16 @@ def plan(
     single_pass: Sequence[Head],
     config: ValidateConfig,
 ) -> Iterator[Knockout]:
-    """Every set to knock out; sizes beyond the ranking are left out."""
+    """Every set to knock out; sizes beyond the ranking are left out.
+
+    Raises:
+        UserError: every size is beyond the ranking.
+    """
+    if min(config.sizes) > len(ranked):
+        raise UserError(
+            f"--sizes must hold a number of ranked heads, found {min(config.sizes)} and more where "
+            f"the run has {len(ranked)}; choose smaller ones or locate with a larger --most."
+        )
     rng = np.random.default_rng(config.seed)
     for k in config.sizes:
         if k > len(ranked):

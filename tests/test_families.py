@@ -16,7 +16,7 @@ from circuitune.errors import UserError
 from circuitune.families import FAMILIES
 from circuitune.models import Model, text_config, wrap
 from circuitune.patching import direct_effects, end_states, prefill, unembed
-from circuitune.sites import resume, states_entering
+from circuitune.sites import intervene, record, resume, states_entering
 from tests.conftest import byte_tokenizer, tiny_hf
 from tests.reference.slow_effects import slow_patched_logits
 
@@ -167,6 +167,22 @@ def test_a_run_can_be_resumed_at_every_layer(case: str) -> None:
         with resume(model, layer, hidden):
             again = model.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         torch.testing.assert_close(again, whole, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["llama", "falcon, new", "opt", "gptj"])
+@pytest.mark.parametrize("where", ["end", "all"])
+def test_mlps_can_be_overwritten_at_one_or_all_positions(case: str, where: str) -> None:
+    """Also OPT's, which see batch and token as one axis."""
+    model = make(case)
+    tokens = torch.tensor(prompts([5, 5], seed=7))
+    value = torch.randn(2, model.d_model, generator=torch.Generator().manual_seed(0)).double()
+    plain = model.hf(tokens).logits
+    with intervene(model, {Mlp(1): value}, where=where), record(model) as trace:
+        changed = model.hf(tokens, use_cache=False).logits
+    torch.testing.assert_close(trace.mlp[1], value)
+    before_end = (changed - plain)[:, :-1].abs().max()
+    assert before_end < 1e-12 if where == "end" else before_end > 1e-3
+    assert (changed - plain)[:, -1].abs().max() > 1e-3
 
 
 FLOAT32 = ["llama", "gemma2", "gpt2", "falcon, alibi", "opt", "mixtral", "qwen3-moe"]

@@ -517,4 +517,4 @@ def test_certainty_speaks_only_of_what_was_measured(run: Path) -> None:
     assert "41 of 300 components" in first
     assert "20.8 (11%)" in first
     assert "0.71 [0.40, 1.00] on 70 pairs" in second
-    assert "about 280 pairs" in second
+    assert "0.8 needs about 280 pairs" in second

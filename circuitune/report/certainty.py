@@ -44,9 +44,9 @@ def _stability(facts: Mapping[str, object]) -> str:
         }:
             wanted = facts.get("pairs_for_jaccard_0.8")
             advice = (
-                f"about {wanted} pairs would bring the first to 0.8"
+                f"0.8 needs about {wanted} pairs"
                 if isinstance(wanted, int)
-                else "no number of pairs up to 64 times as many would bring the first to 0.8"
+                else "0.8 is out of reach of 64 times as many"
             )
             return (
                 f"The strongest {k} heads of that sweep overlap with those of a resampled sweep by "

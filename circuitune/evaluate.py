@@ -250,11 +250,12 @@ def evaluate(model: Model, config: EvaluateConfig, run: Path, work: Path) -> Non
         n=config.problems,
         seed=options["seed"],
     )
+    paragraphs = retention_text(config.retention)
     hits = {}
     for name in ("base", *deltas):
         with variant(model, deltas.get(name)):
             hits[name] = exact_match(model, problems, writing)
     records = accuracy_records(hits, problems, seed=config.seed)
-    measured = drift(model, deltas, retention_text(config.retention))
+    measured = drift(model, deltas, paragraphs)
     records += drift_records(measured, seed=config.seed)
     write_json(work / "eval.json", records)

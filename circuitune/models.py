@@ -292,23 +292,57 @@ def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Model:
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
     where = resolve(name)
-    if not hasattr(torch, dtype):
-        raise UserError(f"dtype must be a torch dtype such as float32, found {dtype!r}.")
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise UserError(f"--dtype must be float32, bfloat16, float16 or float64, found {dtype!r}.")
+    place = _device(device)
     try:
         config = AutoConfig.from_pretrained(where)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub and configuration libraries raise many kinds
         raise _cannot_read(name, error) from error
     text_config(config, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
-        hf = AutoModelForCausalLM.from_pretrained(
-            where, dtype=getattr(torch, dtype), use_safetensors=True
+        hf, found = AutoModelForCausalLM.from_pretrained(
+            where, dtype=kind, use_safetensors=True, output_loading_info=True
         )
-    except Exception as error:  # the hub and tokenizer libraries raise many kinds
+    except Exception as error:
         raise _cannot_read(name, error) from error
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return wrap(hf.to(device), tokenizer, source=name)
+    model = wrap(hf.to(place), tokenizer, source=name)
+    _check_complete(name, found)
+    return model
+
+
+def _device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is the first GPU and else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device must name a device of this machine, {name!r} cannot be used "
+            f"({str(error).splitlines()[0][:80]}); leave the option out."
+        ) from error
+
+
+def _check_complete(name: str, found: dict[str, Any]) -> None:
+    """Refuse a checkpoint with tensors too few or too many: the rest would be random.
+
+    Raises:
+        UserError: a tensor is missing, left over, or of another shape.
+    """
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found.get(kind):
+            some = ", ".join(map(str, sorted(found[kind], key=str)[:3]))
+            raise UserError(
+                f"A checkpoint must hold exactly the tensors of its configuration, {name} has "
+                f"{len(found[kind])} {kind.replace('_', ' ')} ({some}); download or save it again."
+            )
 
 
 def _cannot_read(name: str, error: Exception) -> UserError:
@@ -355,7 +389,8 @@ def resolve(name: str) -> str:
 
 def _weights_in_package(package: str) -> Path:
     """The one GGUF file that an installed package carries, found without importing it."""
-    spec = importlib.util.find_spec(package.replace("-", "_"))
+    name = package.replace("-", "_")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or spec.origin is None:
         raise UserError(
             f"package:{package} must be installed, it is not; run "

@@ -359,11 +359,15 @@ def own_pairs(model: Model, config: PairsConfig) -> PairSet:
                     f"{split}; add pairs to {config.pairs}."
                 )
     _, wide = _halves([], seed=config.seed)
+    try:
+        spaced = find_writing(model.tokenizer).spaced_answer
+    except UserError:  # own answers need not be digits; only tuning on arithmetic would
+        spaced = False
     selection = {
         "prefixes": [],
         "prefix": "",
         "answer_policy": "Own pairs: the answer is one token; all answers are admissible.",
-        "spaced_answer": False,
+        "spaced_answer": spaced,
         "admissible": [],
         "tasks": tasks,
         "select_groups": sorted({problem.group for problem in wide["select"]}),

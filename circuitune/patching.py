@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.utils import ModelOutput
 
 from circuitune.components import Component, Head, Mlp, all_components
 from circuitune.effects import EffectTable
@@ -207,10 +207,15 @@ def finish(model: Model, state: Float[Tensor, "*batch d_model"]) -> Float[Tensor
 
 
 @dataclass
-class TrunkOutput(MoeModelOutputWithPast):
+class TrunkOutput(ModelOutput):
     """Everything that a causal model may read from its trunk."""
 
-    cross_attentions: tuple[Tensor, ...] | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    cross_attentions: Any = None
+    router_logits: Any = None
 
 
 def unembed(

@@ -135,6 +135,38 @@ def test_folder_with_cut_safetensors(refused: Refused, out: Path, checkpoint: Pa
     assert not out.parent.exists()
 
 
+@pytest.mark.parametrize(("layers", "word"), [(5, "missing"), (3, "unexpected")])
+def test_checkpoint_that_does_not_match_its_configuration(
+    refused: Refused, out: Path, checkpoint: Path, layers: int, word: str
+) -> None:
+    """Tensors too few would be random, tensors too many would be dropped, both in silence."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["num_hidden_layers"] = layers
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    message = refused("locate", checkpoint, "--out", out)
+    assert f"{word} keys" in message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--device", "nowhere"), "--device must name"),
+        (("--dtype", "nn"), "--dtype must be"),
+        (("--dtype", "int8"), "--dtype must be"),
+    ],
+)
+def test_device_and_dtype(
+    refused: Refused, out: Path, tiny_folder: Path, flags: tuple[str, str], word: str
+) -> None:
+    assert word in refused("locate", tiny_folder, "--out", out, *flags)
+
+
+@pytest.mark.parametrize("name", ["package:", "package:foo.bar", "package:not there"])
+def test_odd_package_names(refused: Refused, out: Path, name: str) -> None:
+    assert "must be installed" in refused("locate", name, "--out", out)
+
+
 def test_encoder_only_model(refused: Refused, out: Path, tmp_path: Path) -> None:
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BertConfig(vocab_size=258, intermediate_size=24, **sizes)

@@ -49,8 +49,11 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "gemma3": ("gemma3_text", WINDOWS | CAPS | {"num_key_value_heads": 1}),
     "phi3, windows": ("phi3", {"pad_token_id": 0, "sliding_window": 4}),
     "phi3, all key-value heads": ("phi3", {"pad_token_id": 0, "num_key_value_heads": 4}),
-    "phi": ("phi", {}),
-    "phi, grouped, q/k norm": ("phi", {"num_key_value_heads": 2, "qk_layernorm": True}),
+    "phi": ("phi", {"pad_token_id": 0}),
+    "phi, grouped, q/k norm": (
+        "phi",
+        {"pad_token_id": 0, "num_key_value_heads": 2, "qk_layernorm": True},
+    ),
     "gpt2": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "gptj": ("gptj", {}),
     "neox, parallel": ("gpt_neox", {}),

@@ -311,7 +311,7 @@ def test_other_projections_are_refused(tiny: Callable[..., Model], family: str) 
 
 
 def test_real_model_fast_equals_slow(smollm2: Model) -> None:
-    """Eight paths of SmolLM2 into its strongest head, within 1e-4 logits."""
+    """Five paths of SmolLM2 into its strongest head, within 1e-4 logits."""
     texts = [f"Math:\n{sum_} = " for sum_ in ("3 + 5", "4 + 2", "3 @ 5", "4 @ 2")]
     tokens = [smollm2.tokenizer(text).input_ids for text in texts]
     digits = [smollm2.tokenizer(str(digit)).input_ids[0] for digit in range(10)]
@@ -323,7 +323,7 @@ def test_real_model_fast_equals_slow(smollm2: Model) -> None:
         smollm2, tokens[:2], tokens[2:], paths, candidates=digits, answers=np.array([8, 6])
     )
     assert np.abs(table.effect()).max() > 0.01
-    for r, p, s in random.Random(0).sample(list(np.ndindex(3, 2, 4)), 8):
+    for r, p, s in random.Random(0).sample(list(np.ndindex(3, 2, 4)), 5):
         example = s % 2
         places = [place % len(tokens[0]) for place in roles[table.roles[p]][example]]
         expected = slow_path_logits(

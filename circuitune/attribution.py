@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuitune.components import Head, all_components
+from circuitune.components import Component, Head, all_components
 from circuitune.effects import EffectTable, Metric, measure
 from circuitune.errors import UserError
 from circuitune.models import Model
@@ -91,18 +91,29 @@ def attribute(
             slopes = _slopes(model, clean, z, entry, partial(score, right))
             z_slope[:, chunk] += slopes[0] / steps
             mlp_slope[:, chunk] += slopes[1] / steps
-    by_head = ((corrupt.z - clean.z) * z_slope).unflatten(-1, (model.heads, model.d_head)).sum(-1)
-    by_mlp = ((corrupt.mlp - clean.mlp) * mlp_slope).sum(-1)
-    parts = all_components(model.layers, model.heads)
-    estimates = [
-        by_head[part.layer, :, part.index] if isinstance(part, Head) else by_mlp[part.layer]
-        for part in parts
-    ]
     with torch.no_grad():
         logits = unembed(model, clean.final, candidates).cpu().numpy()
     base = measure(logits, answers)[metric]
-    change = torch.stack(estimates).double().cpu().numpy()
+    parts = all_components(model.layers, model.heads)
+    change = _by_component(
+        model, parts, (corrupt.z - clean.z) * z_slope, (corrupt.mlp - clean.mlp) * mlp_slope
+    )
     return EffectTable(parts, {metric: base}, {metric: base + change})
+
+
+def _by_component(
+    model: Model,
+    parts: Sequence[Component],
+    z: Float[Tensor, "layer example z"],
+    mlp: Float[Tensor, "layer example d_model"],
+) -> Float[np.ndarray, "sender example"]:
+    """Sums over the width of each component."""
+    of_heads, of_mlps = z.unflatten(-1, (model.heads, model.d_head)).sum(-1), mlp.sum(-1)
+    rows = [
+        of_heads[part.layer, :, part.index] if isinstance(part, Head) else of_mlps[part.layer]
+        for part in parts
+    ]
+    return torch.stack(rows).double().cpu().numpy()
 
 
 @torch.enable_grad()

@@ -109,8 +109,13 @@ def path_effects(
 
     Raises:
         UserError: the prompts of a pair differ in length, the model has no such component or
-            position, or it keeps its projections in another way.
+            position, it keeps its projections in another way, or nothing is asked.
     """
+    if not (paths.receivers and clean):
+        raise UserError(
+            f"Paths need at least one receiver and one pair, found {len(paths.receivers)} and "
+            f"{len(clean)}; name the q, k or v of a head."
+        )
     ports = {receiver: _port(model, receiver, paths.kv) for receiver in paths.receivers}
     senders = _senders(model, paths)
     order = sorted(senders, key=lambda part: (part.layer, isinstance(part, Mlp)))
@@ -212,7 +217,7 @@ def _port(model: Model, receiver: Receiver, kv: Sharing) -> _Port:
 def _senders(model: Model, paths: Paths) -> tuple[Sender, ...]:
     """The senders asked for; by default all that lie below the highest receiver."""
     if paths.senders is None:
-        top = max((receiver.head.layer for receiver in paths.receivers), default=0)
+        top = max(receiver.head.layer for receiver in paths.receivers)
         return (Embedding(), *all_components(top, model.heads))
     parts = [part for part in paths.senders if not isinstance(part, Embedding)]
     check_components(parts, model.layers, model.heads)

@@ -15,7 +15,7 @@ Context managers, all restored on leaving, also after an exception:
 Batches are padded on the left, hence END is position -1 everywhere.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from circuitune.components import Component, Head
@@ -140,27 +141,54 @@ def intervene(
     Raises:
         RuntimeError: on leaving without an exception, if an edit never fired.
     """
-    fired = dict.fromkeys(edits, 0)
-    place = (slice(None), -1) if where == "end" else (slice(None), slice(None))
+    writer = _Writer(model, edits, where, dict.fromkeys(edits, 0))
+    with ExitStack() as stack:
+        for layer in sorted({part.layer for part in edits}):
+            here = [part for part in edits if part.layer == layer]
+            heads = [part for part in here if isinstance(part, Head)]
+            if heads:
+                stack.callback(writer.hook_heads(layer, heads).remove)
+            for part in here:
+                if not isinstance(part, Head):
+                    for handle in writer.hook_mlp(part):
+                        stack.callback(handle.remove)
+        yield
+    silent = [str(part) for part, count in writer.fired.items() if count == 0]
+    if silent:
+        raise RuntimeError(f"Every edit must fire, these never did: {', '.join(silent)}.")
 
-    def write(target: Tensor, value: Tensor) -> None:
-        value = value.to(target)
-        if where == "all" and value.ndim == 2:
+
+@dataclass(frozen=True)
+class _Writer:
+    """The hooks of one `intervene`: they overwrite outputs and count how often they did."""
+
+    model: Model
+    edits: Mapping[Component, Tensor]
+    where: Where
+    fired: dict[Component, int]
+
+    def write(self, target: Tensor, part: Component) -> None:
+        """Put the edit of one component into its place of ``target``."""
+        value = self.edits[part].to(target)
+        if self.where == "all" and value.ndim == 2:
             value = value[:, None]
-        target[place] = value
+        target[:, -1 if self.where == "end" else slice(None)] = value
+        self.fired[part] += 1
 
-    def edit_heads(layer: int, heads: list[Head]) -> Any:
+    def hook_heads(self, layer: int, heads: Sequence[Head]) -> RemovableHandle:
+        """Overwrite slices of z, the input of the output projection."""
+        d_head = self.model.d_head
+
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             z = args[0].clone()
             for head in heads:
-                width = slice(head.index * model.d_head, (head.index + 1) * model.d_head)
-                write(z[..., width], edits[head])
-                fired[head] += 1
+                self.write(z[..., head.index * d_head : (head.index + 1) * d_head], head)
             return (z, *args[1:])
 
-        return model.part(layer, model.family.out).register_forward_pre_hook(hook)
+        return self.model.part(layer, self.model.family.out).register_forward_pre_hook(hook)
 
-    def edit_mlp(part: Component) -> list[Any]:
+    def hook_mlp(self, part: Component) -> list[RemovableHandle]:
+        """Overwrite the output of an MLP."""
         shape: list[int] = []  # of the layer's input: OPT's MLP sees batch and token as one axis
 
         def before(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -168,29 +196,13 @@ def intervene(
 
         def after(_: nn.Module, __: Any, output: Any) -> Any:
             changed = first(output).clone(memory_format=torch.contiguous_format)
-            write(changed.view(*shape, -1), edits[part])
-            fired[part] += 1
+            self.write(changed.view(*shape, -1), part)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return [
-            model.layer(part.layer).register_forward_pre_hook(before),
-            model.part(part.layer, model.family.mlp).register_forward_hook(after),
+            self.model.layer(part.layer).register_forward_pre_hook(before),
+            self.model.part(part.layer, self.model.family.mlp).register_forward_hook(after),
         ]
-
-    with ExitStack() as stack:
-        for layer in sorted({part.layer for part in edits}):
-            here = [part for part in edits if part.layer == layer]
-            heads = [part for part in here if isinstance(part, Head)]
-            if heads:
-                stack.callback(edit_heads(layer, heads).remove)
-            for part in here:
-                if not isinstance(part, Head):
-                    for handle in edit_mlp(part):
-                        stack.callback(handle.remove)
-        yield
-    silent = [str(part) for part, count in fired.items() if count == 0]
-    if silent:
-        raise RuntimeError(f"Every edit must fire, these never did: {', '.join(silent)}.")
 
 
 @contextmanager

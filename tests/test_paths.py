@@ -290,6 +290,7 @@ def test_an_output_that_is_not_used_is_an_error(tiny: Callable[..., Model]) -> N
         ({"roles": {"operator": [[1], [2], [6], [1]]}}, r"names \[6\] in prompt 2 of 6 tokens"),
         ({"receivers": [Receiver(Head(1, 4), "q")]}, "found 1.4"),
         ({"senders": [Mlp(7)]}, "found mlp.7"),
+        ({"receivers": []}, "found 0 and 4"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -30,7 +30,7 @@ from circuitune.components import Component, Head, all_components
 from circuitune.effects import EffectTable, Metric, measure
 from circuitune.errors import UserError
 from circuitune.models import Model
-from circuitune.patching import EndStates, _run_layer, finish, unembed, wide
+from circuitune.patching import EndStates, run_layer, finish, unembed, wide
 from circuitune.sites import first, substitute
 
 # Examples per backward pass: the activations of all layers are kept for it.
@@ -58,16 +58,14 @@ def attribute(
         steps: number of backward passes. 1 takes the slope in the clean run (attribution
             patching). More average it over the middles of ``steps`` equal pieces of the straight
             line on which *all* heads and the embedding of END move from clean to corrupt
-            together, as in EAP-IG (Hanna et al. 2024). Integrating along the line of each sender
-            alone would take as many passes as there are components. Along the joint line the
-            heads' estimates and the embedding's sum to the whole change from clean to corrupt,
-            interactions included, so it is no closer estimate of each effect *alone*.
+            together, as in EAP-IG (Hanna et al. 2024); a line for each sender alone would take a
+            pass for each. Along the joint line the estimates of the heads and the embedding sum
+            to the whole change, interactions included, which effects one at a time do not.
         metric: what to differentiate. The table holds this metric only; for ``relative_logit``
             the values are raw answer logits, as `EffectTable` wants them.
 
     Returns:
-        the table of `circuitune.patching.direct_effects`, with ``patched`` = clean + estimate.
-        Negative effects support the answer.
+        the table of `direct_effects` with ``patched`` = clean + estimate; negative supports.
 
     Raises:
         UserError: ``steps`` is not positive.
@@ -134,7 +132,7 @@ def _slopes(
         attention = wide(out(z[layer].to(out.weight.dtype)))[None]
         mlp = model.part(layer, model.family.mlp)
         with substitute(mlp, _adding(mlp.forward, nothing[layer])):
-            states = _run_layer(model, clean, layer, states, attention)
+            states = run_layer(model, clean, layer, states, attention)
     return torch.autograd.grad(score(states[0]), (z, nothing))
 
 

@@ -272,11 +272,11 @@ def direct_effects(
     state = clean.entry.new_empty(len(rows), *clean.entry.shape[1:])
     active = 0
     for layer in tqdm(range(model.layers), desc="sweep", disable=None, leave=False):
-        _replay(model, clean, layer, state[:active])
+        replay(model, clean, layer, state[:active])
         here = [part for part in rows if part.layer == layer]
         if not here:
             continue
-        state[active : active + len(here)] = _start_rows(model, clean, corrupt, here)
+        state[active : active + len(here)] = start_rows(model, clean, corrupt, here)
         active += len(here)
     hidden = torch.cat([finish(model, part) for part in _chunks(state)])
     patched = unembed(model, hidden, candidates)[[rows[part] for part in senders]]
@@ -295,16 +295,16 @@ def _chunks(state: Float[Tensor, "sender example d_model"]) -> Iterable[Tensor]:
     return (state[start : start + size] for start in range(0, state.shape[0], size))
 
 
-def _replay(
+def replay(
     model: Model, clean: EndStates, layer: int, state: Float[Tensor, "sender example d_model"]
 ) -> None:
     """Advance rows through one layer in place, the attention held at its clean output."""
     attention = clean.attention[layer][None]  # broadcasts over the senders of a chunk
     for chunk in _chunks(state):
-        chunk.copy_(_run_layer(model, clean, layer, chunk, attention))
+        chunk.copy_(run_layer(model, clean, layer, chunk, attention))
 
 
-def _start_rows(
+def start_rows(
     model: Model, clean: EndStates, corrupt: EndStates, parts: Sequence[Component]
 ) -> Float[Tensor, "sender example d_model"]:
     """The residual stream after the senders' own layer, heads first, then the MLP."""
@@ -314,7 +314,7 @@ def _start_rows(
         entry, attention = clean.entry[layer][None], clean.attention[layer][None]
         if isinstance(part, Mlp):
             mlp = corrupt.mlp[layer][None]
-            rows.append(_run_layer(model, clean, layer, entry, attention, mlp=mlp))
+            rows.append(run_layer(model, clean, layer, entry, attention, mlp=mlp))
     heads = [part for part in parts if isinstance(part, Head)]
     size = max(1, REPLAY_ROWS // clean.final.shape[0])
     starts = range(0, len(heads), size)
@@ -334,10 +334,10 @@ def _start_heads(
     out = model.part(layer, model.family.out)
     attention = wide(out(z.to(out.weight.dtype)))
     entry = clean.entry[layer].expand(len(heads), -1, -1)
-    return _run_layer(model, clean, layer, entry, attention)
+    return run_layer(model, clean, layer, entry, attention)
 
 
-def _run_layer(
+def run_layer(
     model: Model,
     clean: EndStates,
     layer: int,
@@ -397,9 +397,9 @@ def sweep_cost(model: Model, examples: int) -> Cost:
     states = end_states(model, prefill(model, [[1, 2]] * min(examples, 64)))
     rows = max(1, REPLAY_ROWS // states.final.shape[0])
     state = states.entry[layers // 2].repeat(rows, 1, 1)
-    _replay(model, states, layers // 2, state)
+    replay(model, states, layers // 2, state)
     started = time.perf_counter()
-    _replay(model, states, layers // 2, state)
+    replay(model, states, layers // 2, state)
     per_row = (time.perf_counter() - started) / (rows * states.final.shape[0])
     replayed = examples * (model.heads + 1) * layers * (layers + 1) / 2
     return Cost(4 * examples * (senders * width + kept), per_row * replayed)

@@ -49,9 +49,9 @@ from circuitune.models import Model
 from circuitune.patching import (
     PROMPTS_PER_BATCH,
     EndStates,
-    _replay,
-    _run_layer,
-    _start_rows,
+    replay,
+    run_layer,
+    start_rows,
     finish,
     unembed,
     wide,
@@ -370,11 +370,11 @@ def _arrivals(
     for layer in range(max(block.entry) + 1):
         if layer in block.entry:
             yield layer, state[:active]
-        _replay(model, block.clean, layer, state[:active])
+        replay(model, block.clean, layer, state[:active])
         here = [part for part in senders if part.layer == layer]
         if here:
             rows = slice(active, active + len(here))
-            state[rows] = _start_rows(model, block.clean, block.corrupt, here)
+            state[rows] = start_rows(model, block.clean, block.corrupt, here)
             active += len(here)
 
 
@@ -450,7 +450,7 @@ def _answer(
     out = model.part(port.layer, model.family.out)
     attention = wide(out(patched.to(out.weight.dtype)))
     entry = end.entry[port.layer].expand(len(z), -1, -1)
-    state = _run_layer(model, end, port.layer, entry, attention)
+    state = run_layer(model, end, port.layer, entry, attention)
     for layer in range(port.layer + 1, model.layers):
-        _replay(model, end, layer, state)
+        replay(model, end, layer, state)
     return unembed(model, finish(model, state), candidates)

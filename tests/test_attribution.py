@@ -203,10 +203,10 @@ def test_real_model_estimates_screen_well(smollm2: Model) -> None:
     estimate = attribute(smollm2, clean, corrupt, **asked)
     heads = [part for part in exact.components if isinstance(part, Head)]
     among_heads = agreement(estimate.select(heads), exact.select(heads))
-    assert among_heads.rank_correlation > 0.9, among_heads
-    assert among_heads.overlap >= 9 / 13, among_heads
+    assert among_heads.rank_correlation > 0.9, among_heads  # [0.946]
+    assert among_heads.overlap >= 9 / 13, among_heads  # [10 / 13]
     among_all = agreement(estimate, exact)
-    assert among_all.rank_correlation > 0.85, among_all
-    assert among_all.overlap >= 6 / 13, among_all
+    assert among_all.rank_correlation > 0.85, among_all  # [0.907]
+    assert among_all.overlap >= 6 / 13, among_all  # [8 / 13]
     # A slope misses how the MLPs and norms bend: it is no replacement for the exact sweep.
-    assert among_all.largest_error > 0.5, among_all
+    assert among_all.largest_error > 0.5, among_all  # [2.55]

@@ -4,7 +4,7 @@ Nothing is shared with the fast way: no replay, no cells, no batching.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from circuitune.components import Embedding, Head, Receiver, Sender
 from circuitune.models import Model
@@ -18,20 +18,16 @@ def run(model: Model, tokens: list[int], edits: dict[str, Tensor]) -> dict[str, 
         seen[name] = edits.get(name, value.detach()).clone()
         return seen[name].clone()
 
-    def after(name: str) -> object:
-        return lambda _, __, output: passing(name, output)
+    def after(module: nn.Module, name: str) -> object:
+        return module.register_forward_hook(lambda _, __, output: passing(name, output))
 
-    def before(name: str) -> object:
-        return lambda _, args: (passing(name, args[0]),)
-
-    handles = [model.hf.get_input_embeddings().register_forward_hook(after("embed"))]
-    for number in range(model.layers):
-        layer = model.layer(number)
-        handles.append(layer.mlp.register_forward_hook(after(f"mlp {number}")))
-        handles.append(layer.self_attn.o_proj.register_forward_pre_hook(before(f"z {number}")))
-        for kind in "qkv":
-            projection = getattr(layer.self_attn, f"{kind}_proj")
-            handles.append(projection.register_forward_hook(after(f"{kind} {number}")))
+    handles = [after(model.hf.get_input_embeddings(), "embed")]
+    for number, layer in enumerate(model.hf.model.layers):
+        attention, z = layer.self_attn, f"z {number}"
+        before = lambda _, args, z=z: (passing(z, args[0]),)  # noqa: E731
+        handles.append(attention.o_proj.register_forward_pre_hook(before))
+        handles.append(after(layer.mlp, f"mlp {number}"))
+        handles += [after(getattr(attention, f"{kind}_proj"), f"{kind} {number}") for kind in "qkv"]
     with torch.no_grad():
         seen["logits"] = model.hf(torch.tensor([tokens]), use_cache=False).logits
     for handle in handles:
@@ -54,10 +50,11 @@ def slow_path_logits(
     was, other = run(model, clean, {}), run(model, corrupt, {})
     held = {site: value for site, value in was.items() if site.startswith("z")}
     index, count = (sender.index, model.heads) if isinstance(sender, Head) else (0, 1)
-    kind = {Head: f"z {sender.layer}", Embedding: "embed"}.get(type(sender), f"mlp {sender.layer}")
-    patched = swap(was[kind], other[kind], how["places"], index, count)
+    site = {Head: f"z {sender.layer}", Embedding: "embed"}.get(type(sender), f"mlp {sender.layer}")
     # 1. The sender corrupt, every other head held: what reaches the receiver's projection.
-    reached = run(model, clean, held | {kind: patched})
+    reached = run(
+        model, clean, held | {site: swap(was[site], other[site], how["places"], index, count)}
+    )
     # 2. The model's own attention with only this query (keys, values) changed.
     head, layer, query = receiver.head.index, receiver.head.layer, receiver.kind == "q"
     site, count = f"{receiver.kind} {layer}", model.heads if query else model.kv_heads

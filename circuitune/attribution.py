@@ -30,7 +30,7 @@ from circuitune.components import Component, Head, all_components
 from circuitune.effects import EffectTable, Metric, measure
 from circuitune.errors import UserError
 from circuitune.models import Model
-from circuitune.patching import EndStates, run_layer, finish, unembed, wide
+from circuitune.patching import EndStates, finish, run_layer, unembed, wide
 from circuitune.sites import first, substitute
 
 # Examples per backward pass: the activations of all layers are kept for it.

@@ -49,10 +49,10 @@ from circuitune.models import Model
 from circuitune.patching import (
     PROMPTS_PER_BATCH,
     EndStates,
+    finish,
     replay,
     run_layer,
     start_rows,
-    finish,
     unembed,
     wide,
 )

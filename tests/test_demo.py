@@ -102,9 +102,16 @@ def test_report_is_rebuilt_alone(demo: tuple[Path, str]) -> None:
     assert (run / "report.html").read_bytes() == before
 
 
+def readme_blocks(language: str) -> list[str]:
+    """The fenced blocks of the README in one language."""
+    text = (ROOT / "README.md").read_text()
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for name, block in found if name == language]
+
+
 def test_readme_commands_exist() -> None:
     """Every command in the README is a make target or a real command with real options."""
-    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    blocks = readme_blocks("")
     commands = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
     assert commands[:2] == ["make demo", "make test"]
     for command in commands:
@@ -116,6 +123,24 @@ def test_readme_commands_exist() -> None:
         usage = circuitune(first, "--help")
         assert usage.returncode == 0, command
         assert all(word in usage.stdout for word in rest if word.startswith("--")), command
+
+
+def test_readme_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = readme_blocks("python")
+    exec(compile(code, "README.md", "exec"), {})
+    assert "mlp.24" in capsys.readouterr().out
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 60
+
+
+def test_public_names_exist() -> None:
+    import circuitune
+
+    assert all(getattr(circuitune, name) is not None for name in circuitune.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = circuitune.nothing
 
 
 def test_ci_runs_what_the_readme_says() -> None:

@@ -424,7 +424,7 @@ def _fails(run: Path, told: str, path: Path) -> None:
     message = str(caught.value)
     assert told in message
     assert message.startswith(f"{path} must ")
-    assert message.endswith(" again")
+    assert message.endswith(" again.")
     assert "run `circuitune " in message
     assert "\n" not in message
     assert not (run / "report.html").exists()
@@ -433,7 +433,7 @@ def _fails(run: Path, told: str, path: Path) -> None:
 @pytest.mark.parametrize("name", ["circuit.json", "manifest.json", "effects.parquet"])
 def test_an_absent_file_names_the_command_that_writes_it(run: Path, name: str) -> None:
     (run / name).unlink()
-    expected = f"{run} holds no {name}; run `circuitune locate MODEL --out {run}` first"
+    expected = f"{run} holds no {name}; run `circuitune locate MODEL --out {run}` first."
     with pytest.raises(UserError) as caught:
         summarise(run)
     assert str(caught.value) == expected

@@ -30,7 +30,7 @@ class Source:
 
     def fault(self, must: str, found: str) -> UserError:
         """The error "PATH must ..., but found ...; run `...` again"."""
-        return UserError(f"{self.path} must {must}, but {found}; run `{self.command}` again")
+        return UserError(f"{self.path} must {must}, but {found}; run `{self.command}` again.")
 
     def text(self) -> str:
         """The whole file as UTF-8 text.

@@ -83,7 +83,7 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError as error:
         raise UserError(
             f"{path} must be writable, but writing failed ({error}); "
-            "free some space or correct the permissions, then run the command again"
+            "free some space or correct the permissions, then run the command again."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

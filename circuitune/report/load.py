@@ -41,7 +41,7 @@ def load(run: Path) -> Run:
     if not run.is_dir():
         raise UserError(
             f"The report needs a run directory, but {run} is no folder; "
-            f"run `circuitune run MODEL --out {shlex.quote(str(run))}` first"
+            f"run `circuitune run MODEL --out {shlex.quote(str(run))}` first."
         )
     files = {
         name: _source(run, name)
@@ -49,7 +49,7 @@ def load(run: Path) -> Run:
     }
     for name, source in files.items():
         if not source.path.is_file():
-            raise UserError(f"{run} holds no {name}; run `{source.command}` first")
+            raise UserError(f"{run} holds no {name}; run `{source.command}` first.")
     manifest = _manifest(files["manifest.json"])
     selection, knockout, tuning, evaluations = (
         source if source.path.is_file() else None

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import (
+    GenerationConfig,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -34,7 +36,7 @@ from circuitune.effects import EffectTable
 from circuitune.errors import UserError
 from circuitune.models import Model
 from circuitune.pairs import PairSet, Writing, encode_text, pad, shipped_paragraphs
-from circuitune.patching import unembed
+from circuitune.patching import pad_left, unembed
 from circuitune.problems import Operator, Problem, completion, sample_problems
 from circuitune.runs import write_json
 from circuitune.sites import resume, states_entering
@@ -45,7 +47,8 @@ PREFIX_BATCH = 64
 # Test problems are drawn first; training never holds an operand pair of any of them.
 TEST_RESERVE = 600
 TEXT_TOKENS = 40  # length of a row of plain text
-TEXT_ROWS = 2  # rows of plain text per step
+TEXT_ROWS = 3  # rows of plain text per step
+OWN_TEXTS = 4  # texts that the base writes after each opening
 IGNORED = -100  # label of positions without a loss, the convention of torch's cross entropy
 
 
@@ -162,10 +165,62 @@ class PlainText:
     final: Float[Tensor, "text text_token d_model"]
 
 
+# Openings for text that the base writes itself: numbers that are no sums, which tuning on sums
+# would otherwise pull towards answers, and which the shipped paragraphs do not hold.
+OPENINGS = (
+    "In 19",
+    "The population was ",
+    "Born on 3 ",
+    "The album sold ",
+    "Chapter 2",
+    "The final score was 3",
+    "It was built in 18",
+    "The road is ",
+    "Add 2 cups of ",
+    "Version 1.",
+    "The first of 12 ",
+    "At 7:",
+    "Price: $",
+    "The team won ",
+    "On page 4",
+    "Between 20",
+)
+
+
 @torch.no_grad()
-def plain_text(model: Model, paragraphs: Sequence[str], layer: int) -> PlainText:
-    """Run the base over paragraphs that have at least `TEXT_TOKENS` tokens."""
+def own_text(model: Model, *, seed: int) -> list[list[int]]:
+    """Rows of `TEXT_TOKENS` tokens that the model writes after each of `OPENINGS`, sampled."""
+    settings = GenerationConfig(
+        max_new_tokens=TEXT_TOKENS,
+        min_new_tokens=TEXT_TOKENS,
+        do_sample=True,
+        top_k=0,
+        num_return_sequences=OWN_TEXTS,
+        pad_token_id=model.tokenizer.eos_token_id or 0,
+        eos_token_id=model.tokenizer.eos_token_id,
+    )
+    rows: list[list[int]] = []
+    with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]):
+        torch.manual_seed(seed)
+        tokens, mask = pad_left([encode_text(model.tokenizer, text) for text in OPENINGS])
+        written = model.hf.generate(
+            tokens.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+        )
+    padding = (mask == 0).sum(dim=1).repeat_interleave(OWN_TEXTS).tolist()
+    for row, skip in zip(written.tolist(), padding, strict=True):
+        rows.append(row[skip : skip + TEXT_TOKENS])
+    return rows
+
+
+@torch.no_grad()
+def plain_text(
+    model: Model, paragraphs: Sequence[str], layer: int, own: Sequence[list[int]] = ()
+) -> PlainText:
+    """Run the base over paragraphs of at least `TEXT_TOKENS` tokens, and over its own text."""
     rows = [encode_text(model.tokenizer, text)[:TEXT_TOKENS] for text in paragraphs]
+    rows = [row for pair in zip_longest(rows, own) for row in pair if row]
     tokens = torch.tensor([row for row in rows if len(row) == TEXT_TOKENS], device=model.device)
     hidden = states_entering(model, layer, tokens)
     with resume(model, layer, hidden):
@@ -235,7 +290,9 @@ class TrainingSet:
     tokens: int
 
 
-def training_set(model: Model, examples: Sequence[Example], layer: int) -> TrainingSet:
+def training_set(
+    model: Model, examples: Sequence[Example], layer: int, *, seed: int = 0
+) -> TrainingSet:
     """Run the frozen layers below ``layer`` over the examples and the plain text."""
     entering = prefix_states(model, examples, layer)
     items = [
@@ -243,7 +300,8 @@ def training_set(model: Model, examples: Sequence[Example], layer: int) -> Train
         for place, example in enumerate(examples)
     ]
     tokens = sum(len(example.tokens) - 1 for example in examples)
-    return TrainingSet(layer, items, plain_text(model, training_text(), layer), tokens)
+    text = plain_text(model, training_text(), layer, own_text(model, seed=seed))
+    return TrainingSet(layer, items, text, tokens)
 
 
 def train(
@@ -359,7 +417,7 @@ def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
     precision = training_precision(model, config.precision)
     trained = in_precision(model, precision)
     variants = {}
-    data = training_set(trained, examples, min(head.layer for head in chosen))
+    data = training_set(trained, examples, min(head.layer for head in chosen), seed=config.seed)
     (work / "tuned").mkdir()
     for name, heads in methods.items():
         folder = work / "tuned" if name == "precise" else work / "tuned" / name

@@ -229,7 +229,8 @@ def significance(table: EffectTable, total: float, task: Task) -> dict[str, Any]
     )
     p_values = ttest_1samp(means, 0.0, axis=1).pvalue if means.shape[1] > 1 else np.ones(len(means))
     adjusted = benjamini_hochberg(np.nan_to_num(p_values, nan=1.0))
-    shares = effects.mean(axis=1) / total
+    # A corruption that changes nothing gives no scale, and then no component has a share of it.
+    shares = effects.mean(axis=1) / total if total else np.zeros(len(effects))
     key = [
         {"id": str(part), "share": float(share), "p_adjusted": float(p)}
         for part, share, p in zip(table.components, shares, adjusted, strict=True)

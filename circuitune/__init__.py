@@ -11,14 +11,21 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "models",
     "wrap": "models",
-    "prefill": "patching",
+    "prefill": "prompts",
+    "prefill_pairs": "prompts",
     "end_states": "patching",
+    "pair_states": "patching",
+    "noise_floor": "patching",
     "direct_effects": "patching",
     "attribute": "attribution",
+    "race": "racing",
+    "trace": "graph",
     "path_effects": "paths",
+    "Paths": "paths",
     "EffectTable": "effects",
     "Head": "components",
     "Mlp": "components",
+    "Receiver": "components",
     "UserError": "errors",
 }
 __all__ = ["__version__", *_HOME]

@@ -68,12 +68,9 @@ def attribute(
         the table of `direct_effects` with ``patched`` = clean + estimate; negative supports.
 
     Raises:
-        UserError: ``steps`` is not positive.
+        UserError: ``steps`` is not positive, or weights are offloaded.
     """
-    if steps < 1:
-        raise UserError(
-            f"Attribution needs at least one step, found {steps}; 1 is plain attribution patching."
-        )
+    _check(model, steps)
     shares = [0.0] if steps == 1 else [(step + 0.5) / steps for step in range(steps)]
 
     def score(right: Tensor, states: Tensor) -> Tensor:
@@ -97,6 +94,18 @@ def attribute(
         model, parts, (corrupt.z - clean.z) * z_slope, (corrupt.mlp - clean.mlp) * mlp_slope
     )
     return EffectTable(parts, {metric: base}, {metric: base + change})
+
+
+def _check(model: Model, steps: int) -> None:
+    if model.offloaded:
+        raise UserError(
+            f"Attribution needs all weights in memory for its backward pass, layers of "
+            f"{model.source} are offloaded; measure exact effects, or give more --max-memory."
+        )
+    if steps < 1:
+        raise UserError(
+            f"Attribution needs at least one step, found {steps}; 1 is plain attribution patching."
+        )
 
 
 def _by_component(

@@ -8,8 +8,9 @@ import importlib
 import inspect
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -17,7 +18,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from circuitune import config as configs
-from circuitune import runs
+from circuitune import ranks, runs
 from circuitune.errors import UserError
 
 app = typer.Typer(
@@ -37,6 +38,9 @@ IMPLEMENTATION: dict[str, tuple[str, type]] = {
     "evaluate": ("circuitune.evaluate:evaluate", configs.EvaluateConfig),
 }
 
+# Commands, and their stages, on which several processes work together (`circuitune.ranks`).
+SHARED = ("locate", "validate")
+
 SELFTEST = "circuitune.selftest"
 
 ModelName = Annotated[
@@ -49,12 +53,18 @@ ConfigFile = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes a GPU.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Dtype of the weights while measuring.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory", help="Bound such as 1.5GiB; a larger model is read layer by layer."
+    ),
+]
 
 
 class LoadedModel:
     """The run's model, loaded when the first stage needs it."""
 
-    def __init__(self, name: str, options: dict[str, str]) -> None:
+    def __init__(self, name: str, options: dict[str, str | None]) -> None:
         """Remember what to load."""
         self.name = name
         self.options = options
@@ -65,7 +75,8 @@ class LoadedModel:
         if self._model is None:
             say(f"loading {self.name}")
             models = importlib.import_module("circuitune.models")
-            model = models.load(self.name, **self.options)
+            own = {"device": ranks.device(self.options["device"])}
+            model = models.load(self.name, **self.options | own)
             if not model.family.proven:
                 say(f"unknown architecture: {importlib.import_module(SELFTEST).prove(model)}")
             self._model = model
@@ -78,19 +89,45 @@ def say(text: str) -> None:
 
 
 def run_stage(name: str, run: Path, options: Any, model: LoadedModel) -> None:
-    """Run one stage, or say that its result is still good."""
+    """Run one stage, or say that its result is still good.
+
+    Of several processes the first one alone decides and touches the run directory; those stages
+    that are not `SHARED` it also computes alone, while the others wait.
+    """
     stage = runs.STAGES[name]
-    runs.require_inputs(run, stage)
-    if runs.is_done(run, stage, options):
+
+    def is_done() -> bool:
+        runs.require_inputs(run, stage)
+        return runs.is_done(run, stage, options)
+
+    def compute() -> None:
+        path, function = IMPLEMENTATION[name][0].split(":")
+        with _writing(run, stage, options) as work:
+            getattr(importlib.import_module(path), function)(loaded, options, run, work)
+
+    if ranks.first(is_done):
         say(f"{name}: done before, nothing changed")
         return
     loaded = model()
-    runs.note_model(run, loaded.describe())
-    path, function = IMPLEMENTATION[name][0].split(":")
-    with runs.writing(run, stage, options) as work:
-        getattr(importlib.import_module(path), function)(loaded, options, run, work)
-    seconds = runs.read_manifest(run)["stages"][name]["seconds"]
+    ranks.first(lambda: runs.note_model(run, loaded.describe()))
+    if name in SHARED:
+        compute()
+    else:
+        ranks.first(compute)
+    seconds = ranks.first(lambda: runs.read_manifest(run)["stages"][name]["seconds"])
     say(f"{name}: {seconds:.0f} s")
+
+
+@contextmanager
+def _writing(run: Path, stage: runs.Stage, options: Any) -> Iterator[Path]:
+    """A folder for a stage's files; only what the first process writes is kept."""
+    if ranks.rank() == 0:
+        processes = ranks.world() if stage.name in SHARED else 1
+        with runs.writing(run, stage, options, processes=processes) as work:
+            yield work
+    else:
+        with tempfile.TemporaryDirectory(prefix="circuitune-") as work:
+            yield Path(work)
 
 
 def stage_options(values: dict[str, Any], *names: str) -> list[Any]:
@@ -198,25 +235,33 @@ def _flag(item: Any) -> Any:
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
     text = item.metadata["help"] + ("" if default is None else f" (default: {shown})")
     name = "--" + item.name.replace("_", "-")
+    if isinstance(default, bool):
+        name += "/--no-" + item.name.replace("_", "-")
     return typer.Option(name, help=text, show_default=False)
 
 
 def _open(run: Path) -> LoadedModel:
-    manifest = runs.read_manifest(run)
+    manifest = ranks.first(lambda: runs.read_manifest(run))
     return LoadedModel(manifest["model"]["id"], manifest["load"])
 
 
 @contextmanager
-def _create(model: str, out: Path, device: str, dtype: str) -> Iterator[LoadedModel]:
-    options = {"device": device, "dtype": dtype}
-    with runs.opened(out, model, options, runs.command_line()):
+def _create(model: str, out: Path, options: dict[str, str | None]) -> Iterator[LoadedModel]:
+    first = ranks.rank() == 0
+    with runs.opened(out, model, options, runs.command_line()) if first else nullcontext():
         yield LoadedModel(model, options)
 
 
 @app.command("check")
-def check(model: ModelName, device: Device = "auto", dtype: Dtype = "float32") -> None:
+def check(
+    model: ModelName,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    max_memory: MaxMemory = None,
+) -> None:
     """Before you start: family, self-test, digits, prompt prefix, memory and time of a sweep."""
-    loaded = LoadedModel(model, {"device": device, "dtype": dtype})()
+    options = {"device": device, "dtype": dtype, "max_memory": max_memory}
+    loaded = LoadedModel(model, options)()
     facts = loaded.describe()
     typer.echo("  ".join(f"{name} {value}" for name, value in facts.items()))
     report = importlib.import_module(SELFTEST).prove(loaded)
@@ -235,11 +280,13 @@ def run_all(
     config: ConfigFile = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    max_memory: MaxMemory = None,
 ) -> None:
     """Everything in order: pairs, locate, validate, tune, evaluate, report."""
     names = tuple(IMPLEMENTATION)
     options = stage_options(values | {"config": config}, *names)
-    with _create(model, out, device, dtype) as loaded:
+    load = {"device": device, "dtype": dtype, "max_memory": max_memory}
+    with _create(model, out, load) as loaded:
         for name, option in zip(names, options, strict=True):
             run_stage(name, out, option, loaded)
     report(out)
@@ -254,10 +301,12 @@ def locate_command(
     config: ConfigFile = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    max_memory: MaxMemory = None,
 ) -> None:
     """Make pairs, measure every head and MLP, choose the circuit. Makes the run directory."""
     pairs, locate = stage_options(values | {"config": config}, "pairs", "locate")
-    with _create(model, out, device, dtype) as loaded:
+    load = {"device": device, "dtype": dtype, "max_memory": max_memory}
+    with _create(model, out, load) as loaded:
         run_stage("pairs", out, pairs, loaded)
         run_stage("locate", out, locate, loaded)
 
@@ -302,8 +351,26 @@ def report(run: RunFolder) -> None:
 def main() -> None:
     """Entry point: a `UserError` becomes one sentence and exit status 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
+    # The inner one speaks before the processes part, the outer one if they did not meet.
+    with _sentences(), ranks.together(), _sentences():
+        _check_processes(sys.argv[1:])
         app()
+
+
+def _check_processes(words: list[str]) -> None:
+    """Refuse several processes where the command, the first word, cannot use them."""
+    alone = words and not words[0].startswith("-") and words[0] not in SHARED
+    if alone and ranks.world() > 1:
+        raise UserError(
+            f"Only {' and '.join(SHARED)} work in several processes, {ranks.world()} were started "
+            f"for `circuitune {words[0]}`; start it without a launcher."
+        )
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    try:
+        yield
     except UserError as error:
         # Messages quote other libraries, whose own messages may have several lines.
         say(f"circuitune: {' '.join(line.strip() for line in str(error).splitlines())}")

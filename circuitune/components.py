@@ -67,18 +67,28 @@ class Embedding:
 
 
 Sender = Component | Embedding
-Kind = Literal["q", "k", "v"]
+Kind = Literal["q", "k", "v", "in"]
 
 
 @dataclass(frozen=True, order=True)
 class Receiver:
-    """The query, key or value of one query head, printed ``12.3.q``."""
+    """Where a path goes in, printed ``12.3.q`` or ``mlp.7.in``.
 
-    head: Head
+    Attributes:
+        part: a query head or an MLP.
+        kind: the query, key or value of the head, or the input (``in``) of the MLP.
+    """
+
+    part: Component
     kind: Kind
 
+    @property
+    def layer(self) -> int:
+        """The layer of the part."""
+        return self.part.layer
+
     def __str__(self) -> str:
-        return f"{self.head}.{self.kind}"
+        return f"{self.part}.{self.kind}"
 
 
 def parse_component(text: str) -> Component:

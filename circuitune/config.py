@@ -4,11 +4,13 @@ This file imports nothing heavy, so that ``circuitune --help`` is instant. A fie
 same in every stage that has it; its help text gives the unit and the off-value.
 """
 
+import re
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_args
 
 from circuitune.errors import UserError
 
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -38,7 +40,24 @@ class PairsConfig:
 class LocateConfig:
     """Measure the direct effect of every head and MLP and choose a circuit."""
 
-    most: int = option(13, "Most heads that the iterated selection ranks.", least=1)
+    rule: str = option(
+        "iterated", "How heads are chosen: iterated, single (one sweep) or paper (see --cut)."
+    )
+    most: int = option(13, "Most heads that are ranked.", least=1)
+    cut: float = option(
+        -0.05, "With --rule paper: heads whose mean relative logit effect is below this."
+    )
+    race: float = option(
+        0.0,
+        "Confidence with which each selection may stop measuring weak heads early; 0 is exact.",
+        least=0,
+    )
+    screen: int = option(
+        0,
+        "Measure only this many heads a round, the best by a gradient estimate; 0 is all.",
+        least=0,
+    )
+    graph: bool = option(True, "Trace who feeds the chosen heads, down to the tokens.")
     draws: int = option(2000, "Bootstrap draws behind each interval.", least=100)
     seed: int = option(0, "Seed of every random choice.", least=0)
 
@@ -116,3 +135,17 @@ def _checked(item: Field, value: Any) -> Any:
     if least is not None and not min(parts) >= least:
         raise UserError(f"{item.name} must be at least {least}, found {value}; choose more.")
     return parts if several else parts[0]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``1.5GiB``, ``800M`` or ``2 GB`` (units are powers of 1024).
+
+    Raises:
+        UserError: the text is not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", text.upper())
+    if not match or not float(match[1]):
+        raise UserError(
+            f"--max-memory must be a size such as 1.5GiB or 800M, found {text!r}; correct it."
+        )
+    return int(float(match[1]) * UNITS[match[2]])

@@ -19,6 +19,7 @@ from typing import Literal, get_args
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
+from scipy.stats import ttest_1samp
 
 from circuitune.components import Component, Embedding, Receiver, Sender, parse_component
 from circuitune.errors import UserError
@@ -54,6 +55,28 @@ def measure(
         "prob": np.exp(-np.logaddexp(0.0, -difference)),  # the logistic, without overflow
         "relative_logit": answer,
     }
+
+
+def grouped_p_values(
+    effects: Float[np.ndarray, "sender example"], groups: Sequence[str]
+) -> Float[np.ndarray, " sender"]:
+    """Whether mean effects differ from zero: a t test over the means of groups of examples.
+
+    Prompts that share operands are not independent, so operand pairs are what is counted; with
+    ten of them a permutation test could not pass a correction for hundreds of components.
+
+    Returns:
+        two-sided p-values; 1 where there are fewer than two groups or no effect at all, 0 where
+        all groups have the same effect.
+    """
+    names = np.array(groups)
+    means = np.stack([effects[:, names == n].mean(axis=1) for n in np.unique(names)], axis=1)
+    if means.shape[1] < 2:
+        return np.ones(len(means))
+    still = means.std(axis=1) <= 1e-12 * np.abs(means).max(axis=1)
+    p_values = np.where(means.any(axis=1), 0.0, 1.0)
+    p_values[~still] = ttest_1samp(means[~still], 0.0, axis=1).pvalue
+    return p_values
 
 
 def change(

@@ -19,8 +19,9 @@ from circuitune.config import EvaluateConfig
 from circuitune.errors import UserError
 from circuitune.models import Model
 from circuitune.pairs import PairSet, Writing, encode_text, pad, shipped_paragraphs
-from circuitune.patching import pad_left, similar_lengths, unembed
+from circuitune.patching import unembed
 from circuitune.problems import Problem, completion
+from circuitune.prompts import pad_left, similar_lengths
 from circuitune.runs import write_json
 from circuitune.sites import resume, states_entering
 from circuitune.slices import Delta, load_delta, merged

@@ -11,7 +11,7 @@ no list names is refused (`circuitune.models.wrap`), so that nothing unknown pas
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Family:
             that head, or None if the queries are stored in another way.
         key: path from a layer to the projection that makes the keys.
         fused: whether ``key`` makes queries, keys and values at once.
+        layout: how these lie in a fused output: ``stacked``, the queries of all heads, then all
+            keys, then all values; ``grouped``, for each key-value head the queries that share it,
+            its key, its value; None if that is not known.
+        qkv: paths from a layer to the modules that give the queries, keys and values of all
+            heads; by default ``key`` and its siblings. A norm over all heads belongs to them.
         norm_before_attention: path from a layer to a norm that feeds the attention *alone*, or
             None. With the attention substituted its result is not needed.
         proven: whether the record is known to fit; one found by structure alone is not, and
@@ -45,6 +50,8 @@ class Family:
     query: str | None = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     fused: bool = False
+    layout: Literal["stacked", "grouped"] | None = None
+    qkv: tuple[str, str, str] | None = None
     norm_before_attention: str | None = "input_layernorm"
     proven: bool = True
 
@@ -63,12 +70,17 @@ LLAMA_LIKE = (
 )
 
 OTHERS = (
-    Family("olmo2", norm_before_attention=None),
+    Family(
+        "olmo2",
+        qkv=("self_attn.q_norm", "self_attn.k_norm", "self_attn.v_proj"),  # norms over all heads
+        norm_before_attention=None,
+    ),
     Family(
         "phi3",
         query="self_attn.qkv_proj",  # stacked: the rows of all queries come first
         key="self_attn.qkv_proj",
         fused=True,
+        layout="stacked",
     ),
     Family("phi", out="self_attn.dense", norm_before_attention=None),  # the MLP reads the norm too
     Family(
@@ -80,6 +92,7 @@ OTHERS = (
         query=None,  # stored transposed (Conv1D)
         key="attn.c_attn",
         fused=True,
+        layout="stacked",
         norm_before_attention="ln_1",
     ),
     Family(
@@ -101,6 +114,7 @@ OTHERS = (
         query=None,  # queries, keys and values of a head lie together
         key="attention.query_key_value",
         fused=True,
+        layout="grouped",
     ),
     Family(
         "falcon",
@@ -111,6 +125,7 @@ OTHERS = (
         query=None,  # the order of the rows depends on the variant
         key="self_attention.query_key_value",
         fused=True,
+        layout="grouped",  # all variants: one key-value head, as many as heads, or between
         norm_before_attention=None,  # shared with the MLP in some variants
     ),
     Family(

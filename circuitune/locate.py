@@ -1,32 +1,39 @@
-"""Choose the heads that matter: one exact sweep, then iterated path patching.
+"""The stage that finds the circuit: one exact sweep of everything, then a rule that chooses.
 
-A single pass of direct effects misses backups: heads that take over once another is gone. So the
-selection iterates (`iterated_selection`): ablate the set found so far, sweep again in that state,
-add the strongest heads, repeat. The paper's single-pass ranking by relative logit is kept beside.
+The rules are in `circuitune.selection`. Beside the choice stand what a reader needs to trust it:
+the noise floor of the effects, significance after correction, how stable the set is, how far
+a gradient estimate would have come, and the paper's single-pass ranking.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import ttest_1samp
+import pandas as pd
 from tqdm.auto import tqdm
 
-from circuitune.components import Choice, Circuit, Component, Head, all_components
+from circuitune import ranks
+from circuitune.attribution import agreement, attribute
+from circuitune.components import Circuit, Head
 from circuitune.config import LocateConfig
-from circuitune.effects import EffectTable, Metric, measure
+from circuitune.effects import EffectTable, Metric, grouped_p_values
+from circuitune.errors import UserError
+from circuitune.graph import trace
+from circuitune.memory import check_fits
 from circuitune.models import Model
-from circuitune.pairs import Encoded, Pair, PairSet, encode
-from circuitune.patching import EndStates, Prompts, direct_effects, end_states, prefill, unembed
+from circuitune.pairs import PairSet, encode
+from circuitune.patching import noise_floor
 from circuitune.runs import write_json
+from circuitune.selection import choices, select
 from circuitune.stats import (
     advise_sample_size,
     benjamini_hochberg,
     bootstrap_jaccard,
     split_half_agreement,
 )
+from circuitune.tasks import Task, gathered, prepare, sweep, total_effect
 
 # The paper calls a head key if it moves the answer's logit by more than 5 % (section 4).
 KEY_CUT = -0.05
@@ -34,158 +41,116 @@ KEY_CUT = -0.05
 # the move is significant at this false-discovery rate over all components.
 SHARE_CUT = 0.02
 FALSE_DISCOVERY = 0.05
-# Ranks are added in growing steps: late ranks matter less and each round costs a sweep.
-ROUND_SIZES = (1, 1, 1, 2, 3, 5, 8, 13, 21)
-# The knockout curve is flat from where it stays within this share of its lowest point.
-FLAT = 0.05
-
-
-@dataclass(frozen=True)
-class Task:
-    """The pairs of one task and split, tokenised, with the states at END that patching needs."""
-
-    pairs: Encoded
-    prompts: Prompts
-    corrupt: EndStates
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """Token id of each pair's answer."""
-        return np.array(self.pairs.candidates)[self.pairs.answers]
-
-
-def prepare(model: Model, pairs: Sequence[Pair], answers: Sequence[str] = ()) -> Task:
-    """Tokenise pairs, prefill the clean prompts and run the corrupt ones."""
-    encoded = encode(model.tokenizer, pairs, answers)
-    corrupt = end_states(model, prefill(model, encoded.corrupt))
-    return Task(encoded, prefill(model, encoded.clean), corrupt)
-
-
-def survivors(model: Model, task: Task, ablated: Sequence[Component] = ()) -> np.ndarray:
-    """Per pair, whether the answer is still the first choice with components mean-ablated at END.
-
-    The mean is taken over the corrupt prompts of the same pairs, as in Zhang et al. (2024).
-    """
-    edits = task.corrupt.mean_outputs(ablated, model.d_head)
-    states = end_states(model, task.prompts, edits=edits)
-    top = unembed(model, states.final).argmax(dim=-1).cpu().numpy()
-    return top == task.tokens
-
-
-def sweep(
-    model: Model, task: Task, *, ablated: Sequence[Component] = (), heads_only: bool = False
-) -> EffectTable:
-    """Direct effects on a task, in the intact model or with components already ablated.
-
-    Intact, a sender gets its own corrupt output per example. In an ablated state it gets the
-    mean corrupt output, the same replacement that the ablation would give it.
-    """
-    senders = [part for part in all_components(model.layers, model.heads) if part not in ablated]
-    if heads_only:
-        senders = [part for part in senders if isinstance(part, Head)]
-    edits = task.corrupt.mean_outputs(ablated, model.d_head)
-    return direct_effects(
-        model,
-        end_states(model, task.prompts, edits=edits),
-        task.corrupt.averaged() if heads_only else task.corrupt,
-        candidates=task.pairs.candidates,
-        answers=task.pairs.answers,
-        senders=senders,
-    )
-
-
-def choices(
-    table: EffectTable,
-    order: Sequence[Component],
-    *,
-    metric: Metric,
-    rng: np.random.Generator,
-    groups: Sequence[str],
-    draws: int = 2000,
-    round_number: int = 1,
-) -> list[Choice]:
-    """Components with the interval of their mean effect."""
-    intervals = table.select(order).intervals(metric, rng=rng, groups=groups, draws=draws)
-    return [
-        Choice(part, item.estimate, item.low, item.high, round_number)
-        for part, item in zip(order, intervals, strict=True)
-    ]
-
-
-def iterated_selection(
-    model: Model, task: Task, *, most: int, rng: np.random.Generator, draws: int = 2000
-) -> tuple[list[Choice], list[dict[str, Any]]]:
-    """Rank up to ``most`` heads by iterated path patching on logit difference.
-
-    Returns:
-        the heads in the order found, and per round the set size with the share of the task's
-        pairs that survive (the curve whose flat part ends the circuit).
-    """
-    found: list[Choice] = []
-    curve = [{"heads": 0, "accuracy": float(survivors(model, task).mean())}]
-    bar = tqdm(total=most, desc="selecting heads", disable=None, leave=False)
-    for number, size in enumerate(ROUND_SIZES, start=1):
-        ablated = [choice.component for choice in found]
-        table = sweep(model, task, ablated=ablated, heads_only=True)
-        order = table.rank()[: min(size, most - len(found))]
-        found += choices(
-            table,
-            order,
-            metric="logit_diff",
-            rng=rng,
-            groups=task.pairs.groups,
-            draws=draws,
-            round_number=number,
-        )
-        bar.update(len(order))
-        now = [choice.component for choice in found]
-        curve.append({"heads": len(now), "accuracy": float(survivors(model, task, now).mean())})
-        if len(found) >= most or not order:
-            break
-    bar.close()
-    return found, curve
-
-
-def flat_from(curve: Sequence[dict[str, Any]]) -> int:
-    """Size of the smallest set after which the knockout curve stays flat (within `FLAT`)."""
-    floor = min(point["accuracy"] for point in curve)
-    limit = floor + FLAT * curve[0]["accuracy"]
-    return next(int(point["heads"]) for point in curve if point["accuracy"] <= limit)
+# Rounding does not depend on the prompt; a few show it.
+NOISE_EXAMPLES = 8
+# Key heads that the graph goes into.
+TRACED = 5
 
 
 def locate(model: Model, config: LocateConfig, run: Path, work: Path) -> None:
-    """The stage: sweep, select, and write ``effects.parquet`` and ``circuit.json``.
+    """The stage: sweep, select, trace; writes ``effects.parquet`` and ``circuit.json``.
+
+    The graph's values per example go to ``paths.parquet``. Several processes call it together
+    (see `circuitune.ranks`); all get the same result.
 
     Args:
         model: the model.
         config: options.
-        run: the run directory, read for the pairs.
-        work: where the two files are written.
+        run: the run directory, read for the pairs (by the first process).
+        work: where the files are written.
     """
-    pair_set = PairSet.load(run)
+    pair_set = ranks.first(lambda: PairSet.load(run))
     name = pair_set.tasks[0]
     pairs = pair_set.of(name, "select")
-    task = prepare(model, pairs, pair_set.selection.get("admissible", ()))
+    encoded = encode(model.tokenizer, pairs, pair_set.answers)
+    _tell(f"memory: {check_fits(model, [len(tokens) for tokens in encoded.clean])}")
+    task = prepare(model, pairs, pair_set.answers, share=ranks.share())
     rng = np.random.default_rng(config.seed)
     table = sweep(model, task)
-    table.to_frame().to_parquet(work / "effects.parquet", index=False)
-    found, curve = iterated_selection(model, task, most=config.most, rng=rng, draws=config.draws)
-    rule = {
-        "name": "iterated path patching",
-        "metric": "logit_diff",
-        "ablation": "mean over the corrupt prompts, at END",
-        "pairs": len(pairs),
-        "curve": curve,
-    }
-    circuit = Circuit(tuple(found), name, model.source, rule, size=flat_from(curve))
     heads = table.select([part for part in table.components if isinstance(part, Head)])
-    single = single_pass(heads, task, most=config.most, rng=rng, draws=config.draws)
+    floor = noise(model, task)
+    effects_frame(table, floor).to_parquet(work / "effects.parquet", index=False)
+    found, rule, size = select(model, task, heads, config, rng)
+    circuit = Circuit(tuple(found), name, model.source, rule, size)
     content = circuit.to_json() | {
-        "single_pass": single,
+        "noise": {metric: float(values.max()) for metric, values in floor.items()},
+        "single_pass": single_pass(heads, task, most=config.most, rng=rng, draws=config.draws),
         "significance": significance(table, total_effect(model, task), task),
         "stability": stability(heads, max(circuit.size, 1), task, rng=rng),
+        "attribution": estimated(model, task, table, top=config.most),
     }
+    pd.DataFrame().to_parquet(work / "paths.parquet")  # for a run without a graph
+    if config.graph:
+        content["graph"] = ranks.first(lambda: traced(model, pair_set, circuit, config, work))
     write_json(work / "circuit.json", content)
+
+
+def _tell(text: str) -> None:
+    """One line for the user, from the first process."""
+    if ranks.rank() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def noise(model: Model, task: Task) -> dict[Metric, np.ndarray]:
+    """The noise floor of the task's effects per layer, see `circuitune.patching.noise_floor`."""
+    clean, answers = task.clean.of(slice(NOISE_EXAMPLES)), task.answers[:NOISE_EXAMPLES]
+    return noise_floor(model, clean, candidates=task.pairs.candidates, answers=answers)
+
+
+def effects_frame(table: EffectTable, floor: dict[Metric, np.ndarray]) -> pd.DataFrame:
+    """``effects.parquet``: the tidy table with the noise floor of each row's layer and metric."""
+    frame = table.to_frame()
+    layers = frame["layer"].to_numpy()
+    frame["noise"] = np.nan
+    for metric, values in floor.items():
+        rows = (frame["metric"] == metric).to_numpy()
+        frame.loc[rows, "noise"] = values[layers[rows]]
+    return frame
+
+
+def traced(
+    model: Model, pair_set: PairSet, circuit: Circuit, config: LocateConfig, work: Path
+) -> dict[str, Any]:
+    """Who feeds the key heads, see `circuitune.graph`; also writes ``paths.parquet``.
+
+    Where it cannot be told (own prompts without a counterpart of equal length, few operands, an
+    unknown layout of the projections), the record says why.
+    """
+    pairs = [pair for pair in pair_set.pairs if pair.task == circuit.task]
+    try:
+        graph = trace(
+            model,
+            pairs,
+            circuit.heads[: max(1, min(circuit.size, TRACED))],
+            answers=pair_set.answers,
+            rng=np.random.default_rng(config.seed),
+            draws=config.draws,
+        )
+    except UserError as error:
+        _tell(f"no graph: {error}")
+        return {"note": str(error)}
+    graph.values.to_parquet(work / "paths.parquet", index=False)
+    return graph.to_json()
+
+
+def estimated(model: Model, task: Task, exact: EffectTable, *, top: int) -> dict[str, Any]:
+    """How far a gradient estimate agrees with the exact effects, of heads and of everything."""
+    if model.offloaded:
+        return {"note": "needs the weights in memory, a backward pass runs through all layers"}
+    table = attribute(
+        model,
+        task.clean,
+        task.corrupt,
+        candidates=task.pairs.candidates,
+        answers=task.answers,
+    )
+    estimate = gathered(table, task.share)
+    heads = [part for part in exact.components if isinstance(part, Head)]
+    return {
+        "metric": "logit_diff",
+        "heads": asdict(agreement(estimate.select(heads), exact.select(heads), top=top)),
+        "all": asdict(agreement(estimate, exact, top=top)),
+    }
 
 
 def single_pass(
@@ -203,16 +168,6 @@ def single_pass(
     }
 
 
-def total_effect(model: Model, task: Task) -> float:
-    """Mean change of the logit difference from the clean to the corrupt run, in logits."""
-    clean = end_states(model, task.prompts).final
-    runs = (unembed(model, final, task.pairs.candidates) for final in (clean, task.corrupt.final))
-    before, after = (
-        measure(logits.cpu().numpy(), task.pairs.answers)["logit_diff"].mean() for logits in runs
-    )
-    return float(after - before)
-
-
 def significance(table: EffectTable, total: float, task: Task) -> dict[str, Any]:
     """Which components matter, by a cut that has a scale of its own.
 
@@ -223,12 +178,7 @@ def significance(table: EffectTable, total: float, task: Task) -> dict[str, Any]
     independent; with ten pairs a permutation test could not pass the correction).
     """
     effects = table.effect("logit_diff")
-    groups = np.array(task.pairs.groups)
-    means = np.stack(
-        [effects[:, groups == name].mean(axis=1) for name in np.unique(groups)], axis=1
-    )
-    p_values = ttest_1samp(means, 0.0, axis=1).pvalue if means.shape[1] > 1 else np.ones(len(means))
-    adjusted = benjamini_hochberg(np.nan_to_num(p_values, nan=1.0))
+    adjusted = benjamini_hochberg(grouped_p_values(effects, task.pairs.groups))
     # A corruption that changes nothing gives no scale, and then no component has a share of it.
     shares = effects.mean(axis=1) / total if total else np.zeros(len(effects))
     key = [

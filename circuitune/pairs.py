@@ -29,14 +29,17 @@ from transformers import PreTrainedTokenizerBase
 
 from circuitune.config import PairsConfig
 from circuitune.errors import UserError
+from circuitune.memory import estimate
 from circuitune.models import Model
-from circuitune.patching import end_states, prefill, sweep_cost, unembed
+from circuitune.patching import end_states, first_choice, sweep_seconds
 from circuitune.problems import Operator, Problem, enumerate_problems, split_groups, templates
+from circuitune.prompts import prefill
 from circuitune.stats import proportion
 
 Split = Literal["select", "test"]
 PREFIXES = ("", "\n", "Math:\n", "Calculate:\n", "Here is a problem: ", "Answer the question.\n")
 PROBE_PROMPTS = 96
+TYPICAL_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,11 @@ class PairSet:
         return [pair for pair in self.pairs if pair.task == task and pair.split == split]
 
     @property
+    def answers(self) -> list[str]:
+        """Admissible answers beside those that occur in the pairs."""
+        return self.selection.get("admissible", [])
+
+    @property
     def tasks(self) -> list[str]:
         """Tasks in order of appearance."""
         return list(dict.fromkeys(pair.task for pair in self.pairs))
@@ -211,8 +219,8 @@ def answers_correctly(
 ) -> np.ndarray:
     """Whether the model's first choice among all tokens is the given answer token."""
     states = end_states(model, prefill(model, prompts))
-    top = unembed(model, states.final).argmax(dim=-1)
-    return (top.cpu() == torch.tensor(list(tokens))).numpy()
+    top = first_choice(model, states.final)
+    return top == np.asarray(tokens)
 
 
 def make_pairs(model: Model, config: PairsConfig) -> PairSet:
@@ -394,8 +402,9 @@ def preflight(model: Model, config: PairsConfig) -> list[str]:
             f"prefix {trial['prefix']!r}: answers {trial['accuracy']:.0%} "
             f"[{trial['low']:.0%}, {trial['high']:.0%}] of {trial['n']} prompts{kept}"
         )
-    cost = sweep_cost(model, config.per_split)
-    return [*lines, f"a sweep over {config.per_split} pairs: {cost}"]
+    pairs, tokens = config.per_split, TYPICAL_TOKENS
+    cost = f"{sweep_seconds(model, pairs):.0f} s, {estimate(model, pairs, tokens)}"
+    return [*lines, f"a sweep over {pairs} pairs of {tokens} tokens: {cost}"]
 
 
 def collect(model: Model, config: PairsConfig, run: Path, work: Path) -> None:

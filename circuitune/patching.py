@@ -3,7 +3,7 @@
 With every other head frozen, a changed head output at END moves the residual stream at END and
 nowhere else, since no later attention can carry it. So direct effects need END alone:
 
-1. `prefill`: keys and values of every prompt up to, not including, END; computed once.
+1. `circuitune.prompts`: keys and values of every prompt up to, not including, END.
 2. `end_states`: one token per prompt through the model; keeps per layer the head outputs z, the
    attention and MLP contributions and the residual stream at END.
 3. `direct_effects`: replay, layer by layer. A row is one (sender, example). A head of this layer
@@ -12,64 +12,56 @@ nowhere else, since no later attention can carry it. So direct effects need END 
    norms, MLP and residual additions, with its attention substituted.
 4. Final norm, then only the unembedding rows of the admissible answers.
 
+END is computed in float32 also where the weights are bfloat16 or float16 (`weights.widened`):
+an effect is a difference of near-equal numbers. Each layer's weights are needed once per pass, so
+a model whose weights are offloaded is read once in each of these steps.
+
 Equals one hooked forward pass per component (Wang et al. 2023, path patching with MLPs in the
 path; Zhang et al. 2024, section 3); checked in ``tests/test_patching.py`` against
 ``tests/reference/slow_effects.py`` and on any model by `circuitune check`.
 """
 
-import copy
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
 from circuitune.components import Component, Head, Mlp, all_components
-from circuitune.effects import EffectTable
+from circuitune.effects import METRICS, EffectTable, Metric
+from circuitune.memory import most_rows
 from circuitune.models import Model
-from circuitune.sites import Call, first, intervene, packed, record, resume, substitute
+from circuitune.prompts import Prompts, prefill
+from circuitune.sites import (
+    Call,
+    begin,
+    first,
+    intervene,
+    march,
+    packed,
+    record,
+    resume,
+    substitute,
+)
+from circuitune.weights import widened
 
 # Rows per layer call: enough for full matrix-multiply speed, small enough to stay in cache.
 REPLAY_ROWS = 1024
-PROMPTS_PER_BATCH = 64
+# Rows of logits over the whole vocabulary that are made at once.
+UNEMBED_ROWS = 64
 
 
 def wide(values: Tensor) -> Tensor:
     """At least float32: effects are differences of near-equal numbers."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Prompts that run together, padded on the left so that END is the last position of all.
-
-    Attributes:
-        places: where the prompts stand in the caller's list.
-        cache: keys and values of all positions but END.
-        last: the last token of each prompt.
-        inputs: attention mask and position ids for END; empty when the lengths are equal.
-    """
-
-    places: list[int]
-    cache: DynamicCache
-    last: Int[Tensor, "example 1"]
-    inputs: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Tokenised prompts whose keys and values before END are computed (see `prefill`)."""
-
-    batches: tuple[Batch, ...]
-    count: int
 
 
 @dataclass(frozen=True)
@@ -113,50 +105,10 @@ class EndStates:
             mean(self.z), self.attention, mean(self.mlp), self.entry, self.final, self.calls
         )
 
-
-@torch.no_grad()
-def prefill(model: Model, prompts: Sequence[Sequence[int]]) -> Prompts:
-    """Compute keys and values of all tokens but the last, prompts of similar length together.
-
-    Results do not depend on the order or the batching of the prompts beyond float rounding.
-    """
-    batches = []
-    for places in similar_lengths([len(tokens) for tokens in prompts], PROMPTS_PER_BATCH):
-        tokens, mask = pad_left([prompts[place] for place in places])
-        tokens, mask = tokens.to(model.device), mask.to(model.device)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        ragged = not bool(mask.all())
-        before = {"attention_mask": mask[:, :-1], "position_ids": positions[:, :-1]}
-        at_end = {"attention_mask": mask, "position_ids": positions[:, -1:]}
-        cache = DynamicCache()  # keeps all tokens; sliding windows are in the model's own masks
-        if tokens.shape[1] > 1:
-            inputs = before if ragged else {}
-            model.trunk(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True, **inputs)
-        batches.append(Batch(places, cache, tokens[:, -1:], at_end if ragged else {}))
-    return Prompts(tuple(batches), len(prompts))
-
-
-def similar_lengths(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Places of at most ``most`` items, sorted by length, none over twice as long as another."""
-    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
-    groups: list[list[int]] = []
-    for place in order:
-        fits = groups and len(groups[-1]) < most
-        if fits and lengths[place] <= 2 * lengths[groups[-1][0]]:
-            groups[-1].append(place)
-        else:
-            groups.append([place])
-    return groups
-
-
-def pad_left(
-    rows: Sequence[Sequence[int]],
-) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token"]]:
-    """Token ids padded on the left with zeros, and the attention mask."""
-    width = max(len(row) for row in rows)
-    tokens = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return tokens, mask
+    def of(self, examples: slice | Sequence[int]) -> "EndStates":
+        """The states of some of the examples."""
+        parts = (self.z, self.attention, self.mlp, self.entry)
+        return EndStates(*(part[:, examples] for part in parts), self.final[examples], self.calls)
 
 
 @torch.no_grad()
@@ -170,28 +122,23 @@ def end_states(
         prompts: prompts from `prefill`.
         edits: new outputs at END, see `circuitune.sites.intervene`; one row for all prompts.
     """
-    kept: list[tuple[Tensor, ...]] = []
-    calls: list[Any] = []
-    for batch in prompts.batches:
-        with intervene(model, edits or {}), record(model) as trace:
-            final = _run_end(model, batch)
-        parts = (trace.z, trace.attention, trace.mlp, trace.entry)
-        kept.append((*(wide(torch.stack(part)) for part in parts), wide(final)))
-        calls = trace.calls
+    passes = [begin(model, use_cache=True, **batch.at_end) for batch in prompts.batches]
+    with ExitStack() as stack:
+        for batch in prompts.batches:
+            stack.enter_context(batch.unchanged())
+        stack.enter_context(intervene(model, edits or {}))
+        trace = stack.enter_context(record(model, passes=len(passes)))
+        states = [state[:, -1] for state in march(model, passes, wide=True)]
     order = torch.tensor([place for batch in prompts.batches for place in batch.places]).argsort()
-    z, attention, mlp, entry = (
-        torch.cat([item[i] for item in kept], dim=1)[:, order] for i in range(4)
-    )
-    return EndStates(z, attention, mlp, entry, torch.cat([item[4] for item in kept])[order], calls)
+    parts = (trace.z, trace.attention, trace.mlp, trace.entry)
+    z, attention, mlp, entry = (wide(torch.stack(part))[:, order] for part in parts)
+    return EndStates(z, attention, mlp, entry, finish(model, torch.cat(states)[order]), trace.calls)
 
 
-def _run_end(model: Model, batch: Batch) -> Float[Tensor, "example width"]:
-    """Final hidden state of END; the cache is copied, since a forward pass extends it."""
-    cache = copy.deepcopy(batch.cache)
-    output = model.trunk(
-        input_ids=batch.last, past_key_values=cache, use_cache=True, **batch.inputs
-    )
-    return output.last_hidden_state[:, -1]
+def pair_states(model: Model, clean: Prompts, corrupt: Prompts) -> tuple[EndStates, EndStates]:
+    """`end_states` of clean and corrupt prompts, in one pass over the layers."""
+    both = end_states(model, clean.beside(corrupt))
+    return both.of(slice(clean.count)), both.of(slice(clean.count, None))
 
 
 def finish(model: Model, state: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch width"]:
@@ -199,9 +146,12 @@ def finish(model: Model, state: Float[Tensor, "*batch d_model"]) -> Float[Tensor
 
     The model's own code runs: the final norm, and in some models a projection.
     """
-    rows = state.reshape(-1, 1, state.shape[-1])
+    rows = wide(state.reshape(-1, 1, state.shape[-1]))
     tokens = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
-    with resume(model, model.layers, rows.to(_dtype(model.layer(model.layers - 1)))):
+    with ExitStack() as stack:
+        stack.enter_context(resume(model, model.layers, rows))
+        for part in model.after_layers:
+            stack.enter_context(widened(part))
         final = model.trunk(input_ids=tokens, use_cache=False).last_hidden_state
     return wide(final).reshape(*state.shape[:-1], -1)
 
@@ -229,6 +179,7 @@ def unembed(
     embedding = model.hf.get_output_embeddings()
     flat = hidden.reshape(1, -1, hidden.shape[-1])
     with ExitStack() as stack:
+        stack.enter_context(align_module_device(embedding))  # its rows are read, not only called
         trunk = TrunkOutput(last_hidden_state=flat)
         stack.enter_context(substitute(model.trunk, trunk))
         if tokens is not None:
@@ -244,6 +195,15 @@ def unembed(
         placeholder = torch.zeros(1, flat.shape[1], dtype=torch.long, device=flat.device)
         logits = model.hf(input_ids=placeholder, use_cache=False).logits
     return wide(logits).reshape(*hidden.shape[:-1], -1)
+
+
+@torch.no_grad()
+def first_choice(
+    model: Model, hidden: Float[Tensor, "example width"]
+) -> Int[np.ndarray, " example"]:
+    """The token that the model would say next, from normed hidden states; a few rows at a time."""
+    some = hidden.split(UNEMBED_ROWS)
+    return np.concatenate([unembed(model, h).argmax(dim=-1).cpu().numpy() for h in some])
 
 
 @torch.no_grad()
@@ -268,22 +228,91 @@ def direct_effects(
         senders: components to measure; all heads and MLPs by default.
     """
     senders = tuple(senders if senders is not None else all_components(model.layers, model.heads))
-    rows = {part: row for row, part in enumerate(sorted(senders, key=_start))}
-    state = clean.entry.new_empty(len(rows), *clean.entry.shape[1:])
-    active = 0
-    for layer in tqdm(range(model.layers), desc="sweep", disable=None, leave=False):
-        replay(model, clean, layer, state[:active])
-        here = [part for part in rows if part.layer == layer]
-        if not here:
-            continue
-        state[active : active + len(here)] = start_rows(model, clean, corrupt, here)
-        active += len(here)
-    hidden = torch.cat([finish(model, part) for part in _chunks(state)])
-    patched = unembed(model, hidden, candidates)[[rows[part] for part in senders]]
+    total = len(clean.final)
+    size = max(1, (most_rows(model) or total * len(senders)) // max(1, len(senders)))
+    blocks = [slice(start, start + size) for start in range(0, total, size)]
+    patched = torch.cat(
+        [_patched(model, clean.of(b), corrupt.of(b), candidates, senders) for b in blocks], dim=1
+    )
     plain = unembed(model, clean.final, candidates)
     return EffectTable.from_logits(
         senders, plain.cpu().numpy(), patched.cpu().numpy(), np.asarray(answers)
     )
+
+
+def _patched(
+    model: Model,
+    clean: EndStates,
+    corrupt: EndStates,
+    candidates: Sequence[int],
+    senders: Sequence[Component],
+) -> Float[Tensor, "sender example candidate"]:
+    """Candidate logits with each sender patched."""
+    order = sorted(senders, key=_start)
+    here = [[part for part in order if part.layer == layer] for layer in range(model.layers)]
+
+    def start(layer: int) -> Float[Tensor, "sender example d_model"]:
+        return start_rows(model, clean, corrupt, here[layer])
+
+    hidden = _replayed(model, clean, [len(parts) for parts in here], start)
+    row = {part: number for number, part in enumerate(order)}
+    patched = unembed(model, hidden, candidates)[[row[part] for part in senders]]
+    # Nothing to patch is no effect, exactly; the replay would leave rounding (see `noise_floor`).
+    same = [(_z(clean, part, model) == _z(corrupt, part, model)).all(-1) for part in senders]
+    plain = unembed(model, clean.final, candidates)
+    return torch.where(torch.stack(same)[..., None], plain, patched)
+
+
+def _z(states: EndStates, part: Component, model: Model) -> Float[Tensor, "example width"]:
+    return states.output(part, model.d_head)
+
+
+def _replayed(
+    model: Model,
+    clean: EndStates,
+    counts: Sequence[int],
+    start: Callable[[int], Tensor],
+) -> Float[Tensor, "sender example width"]:
+    """Final hidden states of rows that start in each layer and pass all layers above."""
+    state = clean.entry.new_empty(sum(counts), *clean.entry.shape[1:])
+    active = 0
+    for layer in tqdm(range(model.layers), desc="sweep", disable=None, leave=False):
+        with widened(model.layer(layer)):
+            replay(model, clean, layer, state[:active])
+            if counts[layer]:
+                state[active : active + counts[layer]] = start(layer)
+        active += counts[layer]
+    return torch.cat([finish(model, part) for part in _chunks(state)])
+
+
+@torch.no_grad()
+def noise_floor(
+    model: Model,
+    clean: EndStates,
+    *,
+    candidates: Sequence[int],
+    answers: Int[np.ndarray, " example"],
+) -> dict[Metric, Float[np.ndarray, " layer"]]:
+    """What float rounding alone does to an effect: clean patched into clean by the same path.
+
+    Args:
+        model: the model.
+        clean: states of the clean run; a few examples are enough.
+        candidates: token ids of the admissible answers.
+        answers: index into ``candidates`` of each example's answer.
+
+    Returns:
+        per metric the largest absolute effect over the examples of a sender of each layer.
+    """
+
+    def start(layer: int) -> Float[Tensor, "sender example d_model"]:
+        return start_rows(model, clean, clean, [Head(layer, 0)])
+
+    hidden = _replayed(model, clean, [1] * model.layers, start)
+    layers = [Head(layer, 0) for layer in range(model.layers)]
+    logits = (unembed(model, values, candidates).cpu().numpy() for values in (clean.final, hidden))
+    table = EffectTable.from_logits(layers, *logits, np.asarray(answers))
+    return {metric: np.abs(table.effect(metric)).max(axis=1) for metric in METRICS}
 
 
 def _start(part: Component) -> tuple[int, int]:
@@ -332,7 +361,8 @@ def _start_heads(
         width = slice(head.index * model.d_head, (head.index + 1) * model.d_head)
         z[row, :, width] = corrupt.z[layer][:, width]
     out = model.part(layer, model.family.out)
-    attention = wide(out(z.to(out.weight.dtype)))
+    with widened(model.layer(layer)):
+        attention = wide(out(z))
     entry = clean.entry[layer].expand(len(heads), -1, -1)
     return run_layer(model, clean, layer, entry, attention)
 
@@ -347,59 +377,49 @@ def run_layer(
 ) -> Float[Tensor, "sender example d_model"]:
     """The model's own layer on single positions, attention (and MLP, if given) substituted."""
     module, family, call = model.layer(layer), model.family, clean.calls[layer]
-    dtype = _dtype(module)
 
-    def attend(*_args: Any, **_kwargs: Any) -> Any:
-        return packed(attention.to(dtype, copy=True), call.attention)  # a layer may add in place
+    def attend(*inputs: Any, **named: Any) -> Any:
+        device = _seen(inputs, named).device
+        value = attention.to(device, rows.dtype, copy=True)  # a layer may add in place
+        return packed(value, call.attention)
 
-    def feed(*inputs: Tensor, **named: Tensor) -> Any:
-        seen = inputs[0] if inputs else next(iter(named.values()))
-        value = mlp.to(dtype, copy=True)
+    def feed(*inputs: Any, **named: Any) -> Any:
+        seen = _seen(inputs, named)
+        value = mlp.to(seen.device, rows.dtype, copy=True)
         return packed(value.reshape(*seen.shape[:-1], -1), call.mlp)  # OPT: one axis for both
 
     with ExitStack() as stack:
+        stack.enter_context(widened(module))
         stack.enter_context(substitute(model.part(layer, family.attention), attend))
         if family.norm_before_attention:
             norm = model.part(layer, family.norm_before_attention)
             stack.enter_context(substitute(norm, lambda values: values))
         if mlp is not None:
             stack.enter_context(substitute(model.part(layer, family.mlp), feed))
-        output = module(rows.to(dtype), *call.args, **call.kwargs)
+        output = module(rows, *call.args, **call.kwargs)
     return wide(first(output))
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a sweep over all components will take: bytes beside the weights, and seconds."""
-
-    memory: int
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"about {self.memory / 2**20:.0f} MiB beside the weights, {self.seconds:.0f} s"
+def _seen(inputs: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+    """The first tensor that a module was given."""
+    return next(item for item in (*inputs, *named.values()) if isinstance(item, Tensor))
 
 
 @torch.no_grad()
-def sweep_cost(model: Model, examples: int) -> Cost:
-    """Estimate a sweep from the sizes, and from the replay of one layer, timed.
+def sweep_seconds(model: Model, pairs: int) -> float:
+    """How long a sweep over all components will take: the replay of one layer, timed.
 
     Args:
         model: the model.
-        examples: number of prompt pairs.
+        pairs: number of prompt pairs.
     """
-    width, layers = model.d_model, model.layers
-    senders = layers * (model.heads + 1)
-    kept = 2 * layers * (3 * width + model.heads * model.d_head)  # both runs, see `EndStates`
-    states = end_states(model, prefill(model, [[1, 2]] * min(examples, 64)))
+    layer = model.layers // 2
+    states = end_states(model, prefill(model, [[1, 2]] * min(pairs, 64)))
     rows = max(1, REPLAY_ROWS // states.final.shape[0])
-    state = states.entry[layers // 2].repeat(rows, 1, 1)
-    replay(model, states, layers // 2, state)
-    started = time.perf_counter()
-    replay(model, states, layers // 2, state)
-    per_row = (time.perf_counter() - started) / (rows * states.final.shape[0])
-    replayed = examples * (model.heads + 1) * layers * (layers + 1) / 2
-    return Cost(4 * examples * (senders * width + kept), per_row * replayed)
+    state = states.entry[layer].repeat(rows, 1, 1)
+    with widened(model.layer(layer)):
+        replay(model, states, layer, state)
+        started = time.perf_counter()
+        replay(model, states, layer, state)
+        per_row = (time.perf_counter() - started) / (rows * states.final.shape[0])
+    return per_row * pairs * (model.heads + 1) * model.layers * (model.layers + 1) / 2

@@ -1,32 +1,37 @@
 """Exact effects of paths sender -> receiver -> answer: who feeds the key heads.
 
-A receiver is the query, key or value of one head. The path effect of a sender through it, at a
-set of positions:
+A receiver is the query, key or value of one head, or the input of an MLP. The path effect of a
+sender through it, at a set of positions:
 
 1. Run clean with the sender's output at these positions replaced by its corrupt value. All other
-   heads hold their clean outputs at every position; norms and MLPs recompute. Read what the
-   receiver's projection makes of the residual stream that arrives at its layer: the query at
-   END, the keys or values at the patched positions.
+   heads hold their clean outputs at every position; norms and MLPs recompute. Read what arrives
+   at the receiver: the query or the input of the MLP at END, the keys or values at the patched
+   positions.
 2. Run clean with that query (keys, values) in place; the head's own attention (norms of queries
-   and keys, positions, softmax) gives its new z at END.
-3. The effect is the *direct effect* of that z on the answer: all other heads hold their clean
-   outputs, later MLPs and norms recompute, as in `circuitune.patching`.
+   and keys, positions, softmax) gives its new z at END. An MLP gives its new output at END.
+3. The effect is the *direct effect* of that z (output) on the answer: all other heads hold their
+   clean outputs, later MLPs and norms recompute, as in `circuitune.patching`. The MLPs between
+   sender and receiver are back at their clean outputs.
 
 Wang et al. (2023) end otherwise: with the receiver's input in place they let all later heads
 recompute too, so that what the receiver tells them counts with it. Here a path ends in the
 answer, and the effect is the part of the receiver's own direct effect that this sender brings.
 
+A query (key, value) is what the projection makes, and in OLMo-2 the norm over all heads behind
+it, by which the heads would change each other's queries.
+
 With the heads held, a change at one position stays there until the receiver's layer. So step 1
 is the replay of the direct effects with *cells*, (example, position), in place of examples. Steps
-2 and 3 need the attention of one layer with given projections, and the replay of END.
+2 and 3 need the attention of one layer with given projections (or one MLP), and the replay of
+END.
 
-Checked in ``tests/test_paths.py`` against ``tests/reference/slow_paths.py``: plain hooks and
-whole forward passes, one path at a time.
+Checked in ``tests/test_paths.py`` and ``tests/test_path_families.py`` against
+``tests/reference/slow_paths.py``: plain hooks and whole forward passes, one path at a time.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from itertools import product
 
 import numpy as np
 import torch
@@ -36,7 +41,7 @@ from tqdm.auto import tqdm
 
 from circuitune.components import (
     Embedding,
-    Kind,
+    Head,
     Mlp,
     Receiver,
     Sender,
@@ -47,7 +52,6 @@ from circuitune.effects import METRICS, Metric, PathTable, measure
 from circuitune.errors import UserError
 from circuitune.models import Model
 from circuitune.patching import (
-    PROMPTS_PER_BATCH,
     EndStates,
     finish,
     replay,
@@ -56,9 +60,19 @@ from circuitune.patching import (
     unembed,
     wide,
 )
-from circuitune.sites import Trace, attend, record
+from circuitune.ports import (
+    Port,
+    Sharing,
+    attention_feeds_mlp,
+    find_port,
+    project,
+    projections,
+    through_mlp,
+)
+from circuitune.prompts import PROMPTS_PER_BATCH
+from circuitune.sites import Trace, attend, begin, march, record
+from circuitune.weights import widened
 
-Sharing = Literal["head", "group"]
 # Bounds of memory: numbers in the residual streams of step 1, and tokens in a batch of step 2.
 STATE_NUMBERS = 2**27
 ATTENTION_TOKENS = 2**14
@@ -70,12 +84,14 @@ class Paths:
 
     Attributes:
         receivers: where paths go in.
-        senders: where paths start; by default the embeddings and all components in layers below
-            the highest receiver. A sender that is not below a receiver has effect 0 on it.
+        senders: where paths start; by default the embeddings and all components below the
+            highest receiver: in lower layers, and for an MLP the heads of its own. A sender that
+            is not below a receiver has effect 0 on it, so has a head on the MLP of its own layer
+            if the two run in parallel.
         roles: named sets of positions, for each example a list of token places (negative ones
             count from the end, so -1 is END; it may be empty). A sender is patched at all places
-            of a role at once. By default one role ``all``, every position. A query is read at
-            END, so a role without END has effect 0 on it.
+            of a role at once. By default one role ``all``, every position. A query and the
+            input of an MLP are read at END, so a role without END has effect 0 on them.
         kv: which query heads of a key-value head see a changed key or value: ``head``, the
             receiver alone, as if it had a key-value head of its own; or ``group``, all that
             share it, and their z are patched together. The same if no heads are shared.
@@ -100,7 +116,7 @@ def path_effects(
     """Effect of every sender on the answer through every receiver, per role and example.
 
     Args:
-        model: a model with separate projections of queries, keys and values.
+        model: a model of a known family (see `circuitune.families`).
         clean: token ids of the prompts that are patched.
         corrupt: token ids of their counterparts, each as long as its clean prompt.
         paths: senders, receivers and positions.
@@ -109,16 +125,16 @@ def path_effects(
 
     Raises:
         UserError: the prompts of a pair differ in length, the model has no such component or
-            position, it keeps its projections in another way, or nothing is asked.
+            position, it keeps queries, keys and values in an unknown way, or nothing is asked.
     """
     if not (paths.receivers and clean):
         raise UserError(
             f"Paths need at least one receiver and one pair, found {len(paths.receivers)} and "
-            f"{len(clean)}; name the q, k or v of a head."
+            f"{len(clean)}; name the q, k or v of a head or the in of an MLP."
         )
-    ports = {receiver: _port(model, receiver, paths.kv) for receiver in paths.receivers}
+    ports = {receiver: find_port(model, receiver, paths.kv) for receiver in paths.receivers}
     senders = _senders(model, paths)
-    order = sorted(senders, key=lambda part: (part.layer, isinstance(part, Mlp)))
+    order = sorted(range(len(senders)), key=lambda row: _level(senders[row]))
     roles = _places(clean, corrupt, paths)
     answers = np.asarray(answers)
     shape = (len(ports), len(roles), len(senders), len(clean))
@@ -132,93 +148,30 @@ def path_effects(
         base = unembed(model, block.end.final, candidates).cpu().numpy()
         for metric, values in measure(base, answers[places]).items():
             plain[metric][places] = values
-        for number, logits in _receive(model, block, list(ports.values()), order, candidates, base):
-            for metric, values in measure(logits, answers[places]).items():
-                patched[metric][number][..., places] = values
-    rows = [order.index(sender) for sender in senders]
-    patched = {metric: values[:, :, rows] for metric, values in patched.items()}
+            patched[metric][..., places] = values
+        lower = [senders[row] for row in order]
+        for found in _receive(model, block, list(ports.values()), lower, candidates):
+            rows = [order[row] for row in found.senders]
+            at = np.ix_([found.receiver], [found.role], rows, [places[row] for row in found.rows])
+            for metric, values in measure(found.logits, answers[at[-1].ravel()]).items():
+                patched[metric][at] = values
     return PathTable(tuple(ports), tuple(roles), senders, plain, patched)
 
 
 # ------------------------------------------------------------------------- what is asked
 
 
-@dataclass(frozen=True)
-class _Port:
-    """Where a receiver lies.
-
-    Attributes:
-        layer: its layer.
-        path: from the layer to its projection.
-        columns: its part of the projection's output.
-        z: the part of the layer's z that is read and patched.
-        at_end: whether it is read at END alone.
-    """
-
-    layer: int
-    path: str
-    columns: slice
-    z: slice
-    at_end: bool
-
-
-def projections(model: Model) -> dict[Kind, str]:
-    """Paths from a layer to the modules that make queries, keys and values.
-
-    Raises:
-        UserError: they are not three modules fed by one norm that feeds nothing else.
-    """
-    family = model.family
-    query = family.query or ""
-    stem = query.removesuffix("q_proj")
-    names: dict[Kind, str] = {"q": query, "k": f"{stem}k_proj", "v": f"{stem}v_proj"}
-    apart = query.endswith("q_proj") and not family.fused and family.norm_before_attention
-    try:
-        for name in names.values() if apart else ():
-            model.part(0, name)
-    except AttributeError:
-        apart = False
-    if not apart:
-        raise UserError(
-            "Paths into heads need separate projections q_proj, k_proj and v_proj behind a norm "
-            f"that feeds only them, a {family.name} model ({model.source}) has not; measure "
-            "direct effects, or choose a family such as llama, mistral, qwen2, qwen3 or gemma3."
-        )
-    return names
-
-
-def _port(model: Model, receiver: Receiver, kv: Sharing) -> _Port:
-    """Find a receiver in the model.
-
-    Raises:
-        UserError: there is no such head, or the kind or ``kv`` is not one of the known.
-    """
-    names, head = projections(model), receiver.head
-    check_components([head], model.layers, model.heads)
-    if receiver.kind not in names or kv not in get_args(Sharing):
-        raise UserError(
-            f"A receiver is q, k or v of a head and kv is head or group, found {receiver.kind!r} "
-            f"of {head} and kv={kv!r}; correct the name."
-        )
-    shared = 1 if receiver.kind == "q" else model.heads // model.kv_heads
-    place = head.index // shared
-    path = names[receiver.kind]
-    width = model.part(head.layer, path).weight.shape[0] // (model.heads // shared)
-    readers, at = (shared, place) if kv == "group" else (1, head.index)
-    return _Port(
-        layer=head.layer,
-        path=path,
-        columns=slice(place * width, (place + 1) * width),
-        z=slice(at * readers * model.d_head, (at + 1) * readers * model.d_head),
-        at_end=receiver.kind == "q",
-    )
+def _level(part: Sender) -> tuple[int, bool]:
+    """What feeds what: a part can feed those of higher levels."""
+    return (part.layer, isinstance(part, Mlp))
 
 
 def _senders(model: Model, paths: Paths) -> tuple[Sender, ...]:
     """The senders asked for; by default all that lie below the highest receiver."""
     if paths.senders is None:
-        top = max(receiver.head.layer for receiver in paths.receivers)
-        return (Embedding(), *all_components(top, model.heads))
+        top = max(_level(receiver.part) for receiver in paths.receivers)
+        parts = all_components(top[0] + 1, model.heads)
+        return (Embedding(), *(part for part in parts if _level(part) < top))
     parts = [part for part in paths.senders if not isinstance(part, Embedding)]
     check_components(parts, model.layers, model.heads)
     return tuple(paths.senders)
@@ -230,7 +183,7 @@ def _places(
     """Per role and example, the places where a patch can change something that is read.
 
     Places before the first token that differs are left out, since nothing differs there; and if
-    only queries are read, all but END.
+    no keys or values are read, all but END.
 
     Raises:
         UserError: prompts or positions do not fit each other.
@@ -248,7 +201,7 @@ def _places(
                 "of as many tokens, or leave the pair out."
             )
     roles = paths.roles or {"all": [range(len(tokens)) for tokens in clean]}
-    only_end = all(receiver.kind == "q" for receiver in paths.receivers)
+    only_end = all(receiver.kind in ("q", "in") for receiver in paths.receivers)
     found: dict[str, list[list[int]]] = {}
     for role, by_example in roles.items():
         if len(by_example) != len(clean):
@@ -338,9 +291,10 @@ def _run(
 ) -> tuple[Trace, Float[Tensor, "example token width"]]:
     """What passes every position of prompts of equal length, and the final hidden states."""
     tokens = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
+    start = begin(model, input_ids=tokens, use_cache=False)
     with record(model, where="all") as trace:
-        output = model.trunk(input_ids=tokens, use_cache=False)
-    return trace, output.last_hidden_state
+        (state,) = march(model, [start], wide=True)
+    return trace, finish(model, state)
 
 
 def _states(
@@ -370,87 +324,144 @@ def _arrivals(
     for layer in range(max(block.entry) + 1):
         if layer in block.entry:
             yield layer, state[:active]
-        replay(model, block.clean, layer, state[:active])
         here = [part for part in senders if part.layer == layer]
-        if here:
-            rows = slice(active, active + len(here))
-            state[rows] = start_rows(model, block.clean, block.corrupt, here)
-            active += len(here)
+        with widened(model.layer(layer)):
+            replay(model, block.clean, layer, state[:active])
+            if here:
+                rows = slice(active, active + len(here))
+                state[rows] = start_rows(model, block.clean, block.corrupt, here)
+        active += len(here)
 
 
 # --------------------------------------------------- steps 2 and 3: receiver to the answer
 
 
+@dataclass(frozen=True)
+class _Found:
+    """Candidate logits of some paths.
+
+    Attributes:
+        receiver, role: their numbers.
+        senders, rows: numbers of the senders, and of the prompts in the block.
+        logits: at END, with each path patched.
+    """
+
+    receiver: int
+    role: int
+    senders: range
+    rows: list[int]
+    logits: Float[np.ndarray, "sender example candidate"]
+
+
 def _receive(
     model: Model,
     block: _Block,
-    ports: Sequence[_Port],
+    ports: Sequence[Port],
     senders: Sequence[Sender],
     candidates: Sequence[int],
-    base: Float[np.ndarray, "example candidate"],
-) -> Iterator[tuple[int, Float[np.ndarray, "role sender example candidate"]]]:
-    """Number of each receiver, and candidate logits at END of its paths; ``base`` if unchanged."""
-    shape = (len(block.roles), len(senders), *base.shape)
+) -> Iterator[_Found]:
+    """All paths by which something arrives; the others leave the answer as it is."""
     if not len(block.row):
-        yield from ((number, np.broadcast_to(base, shape)) for number in range(len(ports)))
         return
+    tokens = next(iter(block.entry.values())).shape[1]
     for layer, arriving in _arrivals(model, block, senders):
-        for number, port in enumerate(ports):
-            if port.layer != layer:
+        heads = [part for part in senders if isinstance(part, Head) and part.layer == layer]
+        clean: dict[str, Tensor] = {}
+        if any(port.layer == layer and port.z is not None for port in ports):
+            call, entry = block.clean.calls[layer], block.entry[layer]
+            used = set(projections(model).values())  # one path if the projection is fused
+            clean = {path: project(model, call, layer, path, entry) for path in used}
+        for (number, port), (role, inside) in product(enumerate(ports), enumerate(block.roles)):
+            cells = inside[block.place[inside] == tokens - 1] if port.at_end else inside
+            if port.layer != layer or not len(cells):
                 continue
-            logits = np.broadcast_to(base, shape).copy()
-            for role, rows, examples, found in _answers(model, block, port, arriving, candidates):
-                logits[role, rows, examples] = found
-            yield number, logits
+            if port.z is None:
+                states = _by_mlp(model, block, layer, heads, arriving[:, cells], cells)
+            else:
+                states = _by_head(model, block, port, clean, arriving[:, cells], cells)
+            rows, start = block.row[cells].unique(), 0
+            for state in states:
+                for above in range(layer + 1, model.layers):
+                    with widened(model.layer(above)):
+                        replay(model, block.end, above, state)
+                logits = unembed(model, finish(model, state[:, rows]), candidates)
+                some = range(start, start + len(state))
+                yield _Found(number, role, some, rows.tolist(), logits.cpu().numpy())
+                start = some.stop
 
 
-def _answers(
+def _chunks(block: _Block, count: int) -> Iterator[slice]:
+    """Senders that go through a layer's attention together."""
+    examples, tokens = next(iter(block.entry.values())).shape[:2]
+    size = max(1, ATTENTION_TOKENS // (examples * tokens))
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _by_head(
     model: Model,
     block: _Block,
-    port: _Port,
+    port: Port,
+    clean: Mapping[str, Float[Tensor, "example token _"]],
     arriving: Float[Tensor, "sender cell d_model"],
-    candidates: Sequence[int],
-) -> Iterator[tuple[int, Int[np.ndarray, "sender 1"], Int[np.ndarray, " _"], np.ndarray]]:
-    """Candidate logits for each role, in chunks of senders: role, senders, examples, logits."""
-    entry = block.entry[port.layer]
-    examples, tokens = entry.shape[:2]
-    norm = model.part(port.layer, model.family.norm_before_attention)
-    clean = {
-        path: model.part(port.layer, path)(norm(entry)) for path in projections(model).values()
-    }
-    size = max(1, ATTENTION_TOKENS // (examples * tokens))
-    for start in range(0, len(arriving), size):
-        chunk = arriving[start : start + size]
-        rows = np.arange(start, start + len(chunk))[:, None]
-        made = model.part(port.layer, port.path)(norm(chunk.to(entry.dtype)))[..., port.columns]
-        for role, cells in enumerate(block.roles):
-            if port.at_end:
-                cells = cells[block.place[cells] == tokens - 1]
-            if not len(cells):
-                continue
-            given = {path: values.repeat(len(chunk), 1, 1, 1) for path, values in clean.items()}
-            given[port.path][:, block.row[cells], block.place[cells], port.columns] = made[:, cells]
-            flat = {path: values.flatten(0, 1) for path, values in given.items()}
-            z = attend(model, port.layer, entry.repeat(len(chunk), 1, 1), flat)[:, -1]
-            logits = _answer(model, block.end, port, z.unflatten(0, (-1, examples)), candidates)
-            changed = block.row[cells].unique()
-            yield role, rows, changed.cpu().numpy(), logits[:, changed].cpu().numpy()
+    cells: Int[Tensor, " cell"],
+) -> Iterator[Float[Tensor, "sender example d_model"]]:
+    """The residual stream at END after the layer, with what reaches a head's q, k or v in place.
+
+    ``clean`` is what the projections make at all positions of the clean prompts.
+    """
+    layer, end, entry = port.layer, block.end, block.entry[port.layer]
+    call = block.clean.calls[layer]
+    for some in _chunks(block, len(arriving)):
+        made = project(model, call, layer, port.path, arriving[some])[..., port.columns]
+        count = len(made)
+        given = {path: values.repeat(count, 1, 1, 1) for path, values in clean.items()}
+        given[port.path][:, block.row[cells], block.place[cells], port.columns] = made
+        flat = {path: values.flatten(0, 1) for path, values in given.items()}
+        with widened(model.layer(layer)):
+            new = attend(model, layer, entry.repeat(count, 1, 1), flat)[:, -1]
+        z = end.z[layer].repeat(count, 1, 1)
+        z[..., port.z] = wide(new.unflatten(0, (count, -1))[..., port.z])
+        rows = end.entry[layer].expand(count, -1, -1)
+        yield run_layer(model, end, layer, rows, _attention(model, layer, z))
 
 
-def _answer(
+def _by_mlp(
     model: Model,
-    end: EndStates,
-    port: _Port,
-    z: Float[Tensor, "sender example z"],
-    candidates: Sequence[int],
-) -> Float[Tensor, "sender example candidate"]:
-    """Candidate logits at END with the receiver's z in place and every other head held."""
-    patched = end.z[port.layer].repeat(len(z), 1, 1)
-    patched[..., port.z] = wide(z[..., port.z])
-    out = model.part(port.layer, model.family.out)
-    attention = wide(out(patched.to(out.weight.dtype)))
-    entry = end.entry[port.layer].expand(len(z), -1, -1)
-    state = run_layer(model, end, port.layer, entry, attention)
-    for layer in range(port.layer + 1, model.layers):
-        replay(model, end, layer, state)
-    return unembed(model, finish(model, state), candidates)
+    block: _Block,
+    layer: int,
+    heads: Sequence[Head],
+    arriving: Float[Tensor, "sender cell d_model"],
+    cells: Int[Tensor, " cell"],
+) -> Iterator[Float[Tensor, "sender example d_model"]]:
+    """The residual stream at END after the layer, with what reaches its MLP in place.
+
+    The senders of ``arriving`` come first, then the heads of the layer, if they feed its MLP.
+    """
+    clean, end, rows = block.clean, block.end, block.row[cells]
+    held = clean.attention[layer][None, cells]
+
+    def answered(made: Float[Tensor, "sender cell d_model"]) -> Tensor:
+        mlp = end.mlp[layer].repeat(len(made), 1, 1)
+        mlp[:, rows] = made
+        entry = end.entry[layer].expand(len(made), -1, -1)
+        return run_layer(model, end, layer, entry, end.attention[layer][None], mlp)
+
+    for some in _chunks(block, len(arriving)):
+        yield answered(through_mlp(model, clean, layer, arriving[some], held))
+    if not heads or not attention_feeds_mlp(model, end, layer):
+        return
+    for some in _chunks(block, len(heads)):
+        z = clean.z[layer][cells].repeat(len(heads[some]), 1, 1)
+        for row, head in enumerate(heads[some]):
+            part = slice(head.index * model.d_head, (head.index + 1) * model.d_head)
+            z[row, :, part] = block.corrupt.z[layer][cells, part]
+        entry = clean.entry[layer][cells].expand(len(z), -1, -1)
+        yield answered(through_mlp(model, clean, layer, entry, _attention(model, layer, z)))
+
+
+def _attention(
+    model: Model, layer: int, z: Float[Tensor, "sender example z"]
+) -> Float[Tensor, "sender example d_model"]:
+    """What the attention block writes, given the head outputs z."""
+    with widened(model.layer(layer)):
+        return wide(model.part(layer, model.family.out)(z))

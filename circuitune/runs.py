@@ -44,7 +44,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("pairs", (), PAIRS),
-        Stage("locate", PAIRS, ("effects.parquet", "circuit.json")),
+        Stage("locate", PAIRS, ("effects.parquet", "circuit.json", "paths.parquet")),
         Stage("validate", (*PAIRS, "circuit.json"), ("knockout.parquet",)),
         Stage("tune", (*PAIRS, "effects.parquet", "circuit.json"), ("tuned", "tune.json")),
         Stage("evaluate", (*PAIRS, "tuned", "tune.json"), ("eval.json",)),
@@ -212,7 +212,8 @@ def stage_key(run: Path, stage: Stage, config: Any) -> str:
         "stage": stage.name,
         "config": asdict(config),
         "model": fingerprint(manifest["model"]["id"]),
-        "load": manifest["load"],
+        # A bound on memory changes how results are made, not what they are.
+        "load": {key: manifest["load"].get(key) for key in ("device", "dtype")},
         "inputs": inputs,
         "file": digest(Path(extra)) if extra else "",
         "circuitune": __version__,
@@ -245,10 +246,16 @@ def require_inputs(run: Path, stage: Stage) -> None:
 
 
 @contextmanager
-def writing(run: Path, stage: Stage, config: Any) -> Iterator[Path]:
+def writing(run: Path, stage: Stage, config: Any, *, processes: int = 1) -> Iterator[Path]:
     """Give a stage a folder to write into; on success move its outputs into the run directory.
 
     After an exception the folder is removed and the run directory is as it was.
+
+    Args:
+        run: the run directory.
+        stage: the stage.
+        config: its options.
+        processes: how many work on it; noted, but not hashed, since results do not depend on it.
     """
     key = stage_key(run, stage, config)
     started = time.monotonic()
@@ -267,6 +274,7 @@ def writing(run: Path, stage: Stage, config: Any) -> Iterator[Path]:
         manifest["stages"][stage.name] = {
             "hash": key,
             "seconds": round(time.monotonic() - started, 2),
+            "processes": processes,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "outputs": {name: digest(run / name) for name in stage.outputs},
         }

@@ -24,7 +24,8 @@ from torch import Tensor
 from circuitune.components import Component, Head, Mlp
 from circuitune.errors import UserError
 from circuitune.models import Model, projection_shape
-from circuitune.patching import direct_effects, end_states, prefill, unembed, wide
+from circuitune.patching import direct_effects, end_states, unembed, wide
+from circuitune.prompts import prefill
 from circuitune.sites import Trace, intervene, record, substitute
 
 # Largest allowed difference, as a share of the largest logit. Norms and softmax of most models

@@ -9,6 +9,8 @@ Context managers, all restored on leaving, also after an exception:
 - `substitute` lets a module return a given value instead of computing, so that a decoder layer
   can be run with its attention replaced.
 - `resume` starts the model at a layer, from hidden states that were computed before.
+- `march` takes several forward passes through the layers together, so that each layer's weights
+  are needed once.
 
 `attend` runs the attention of one layer alone, with some of its projections' outputs given.
 
@@ -16,9 +18,10 @@ Batches are padded on the left, hence END is position -1 everywhere.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -28,8 +31,11 @@ from transformers import Cache
 
 from circuitune.components import Component, Head
 from circuitune.models import Model
+from circuitune.weights import resident, widened
 
 Where = Literal["end", "all"]
+# What the layers of a model return never changes, and asking takes a forward pass.
+_ITEMS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,41 @@ class Trace:
 
 
 @contextmanager
-def record(model: Model, *, where: Where = "end") -> Iterator[Trace]:
-    """Keep what passes END, or every position, in *one* forward pass of the model.
+def record(model: Model, *, where: Where = "end", passes: int = 1) -> Iterator[Trace]:
+    """Keep what passes END, or every position; the trace is filled on leaving.
+
+    Args:
+        model: the model to watch.
+        where: END alone, or every position.
+        passes: how many batches go through the model, one after another or by `march`; their
+            rows stand one below the other in the trace, and ``calls`` are those of the last.
 
     Raises:
-        RuntimeError: on leaving, if some layer did not pass exactly once.
+        RuntimeError: on leaving, if some layer was not passed exactly so often.
     """
     trace = Trace()
+    names = ("entry", "z", "attention", "mlp", "calls")
+    kept = [{name: [] for name in names} for _ in range(model.layers)]
+    with ExitStack() as stack:
+        for index, seen in enumerate(kept):
+            for handle in _watch(model, index, seen, where):
+                stack.callback(handle.remove)
+        yield trace
+    counts = {len(items) for seen in kept for items in seen.values()}
+    if counts != {passes}:
+        raise RuntimeError(
+            f"record must see each of {model.layers} layers exactly {passes} times, saw "
+            f"{sorted(counts)}; the family record of {model.family.name!r} does not fit this model."
+        )
+    for name in names[:-1]:
+        getattr(trace, name).extend(torch.cat(seen[name]) for seen in kept)
+    trace.calls.extend(seen["calls"][-1] for seen in kept)
+
+
+def _watch(
+    model: Model, index: int, seen: dict[str, list[Any]], where: Where
+) -> list[RemovableHandle]:
+    """The hooks of `record` on one layer."""
     items = {"attention": 0, "mlp": 0}
 
     def copied(value: Tensor, batch: int) -> Tensor:
@@ -84,43 +118,31 @@ def record(model: Model, *, where: Where = "end") -> Iterator[Trace]:
         return (value if where == "all" else value[:, -1]).detach().clone()
 
     def on_layer(_: nn.Module, args: tuple[Any, ...]) -> None:
-        trace.entry.append(copied(args[0], len(args[0])))
+        seen["entry"].append(copied(args[0], len(args[0])))
 
     def on_z(_: nn.Module, args: tuple[Any, ...]) -> None:
-        trace.z.append(copied(args[0], len(trace.entry[-1])))
+        seen["z"].append(copied(args[0], len(seen["entry"][-1])))
 
-    def on_block(name: str, kept: list[Tensor]) -> Any:
+    def on_block(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             items[name] = item_count(output)
-            kept.append(copied(first(output), len(trace.entry[-1])))
+            seen[name].append(copied(first(output), len(seen["entry"][-1])))
 
         return hook
 
     def on_return(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
         rest = tuple(None if isinstance(value, Cache) else value for value in args[1:])
         without = {key: value for key, value in kwargs.items() if not isinstance(value, Cache)}
-        trace.calls.append(Call(rest, without, **items))
+        seen["calls"].append(Call(rest, without, **items))
 
-    with ExitStack() as stack:
-        for index in range(model.layers):
-            layer, family = model.layer(index), model.family
-            attention, mlp = (model.part(index, path) for path in (family.attention, family.mlp))
-            handles = (
-                layer.register_forward_pre_hook(on_layer),
-                model.part(index, family.out).register_forward_pre_hook(on_z),
-                attention.register_forward_hook(on_block("attention", trace.attention)),
-                mlp.register_forward_hook(on_block("mlp", trace.mlp)),
-                layer.register_forward_hook(on_return, with_kwargs=True),
-            )
-            for handle in handles:
-                stack.callback(handle.remove)
-        yield trace
-    seen = {len(trace.z), len(trace.attention), len(trace.mlp), len(trace.calls)}
-    if seen != {model.layers}:
-        raise RuntimeError(
-            f"record must see each of {model.layers} layers exactly once, saw {sorted(seen)}; "
-            f"the family record of {model.family.name!r} does not fit this model."
-        )
+    layer, family = model.layer(index), model.family
+    return [
+        layer.register_forward_pre_hook(on_layer),
+        model.part(index, family.out).register_forward_pre_hook(on_z),
+        model.part(index, family.attention).register_forward_hook(on_block("attention")),
+        model.part(index, family.mlp).register_forward_hook(on_block("mlp")),
+        layer.register_forward_hook(on_return, with_kwargs=True),
+    ]
 
 
 @contextmanager
@@ -256,6 +278,69 @@ def states_entering(
     return caught[0]
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass up to its first layer.
+
+    Attributes:
+        entering: the hidden states that enter the first layer.
+        calls: what the trunk gives each layer beside hidden states.
+    """
+
+    entering: Float[Tensor, "batch token d_model"]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@torch.no_grad()
+def begin(model: Model, **inputs: Any) -> Pass:
+    """Start a forward pass of the trunk; no layer runs (their hooks do), see `march`.
+
+    What the trunk makes of its inputs for the layers (masks, positions) must not depend on hidden
+    states; in decoders it does not.
+    """
+    entering: list[Tensor] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    items = _layer_items(model)
+
+    def note(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        entering.append(hidden)
+        calls.append((args, kwargs))
+        return packed(hidden, items)
+
+    with ExitStack() as stack:
+        for index in range(model.layers):
+            stack.enter_context(substitute(model.layer(index), note))
+        model.trunk(**inputs)
+    return Pass(entering[0], calls)
+
+
+@torch.no_grad()
+def march(
+    model: Model, passes: Sequence[Pass], *, wide: bool = False
+) -> list[Float[Tensor, "batch token d_model"]]:
+    """Take forward passes through the layers together: all through one layer, then the next.
+
+    Args:
+        model: the model.
+        passes: from `begin`.
+        wide: compute in float32 where the weights are of lower precision.
+
+    Returns:
+        the hidden states after the last layer, before the final norm, per pass.
+    """
+    states = [item.entering for item in passes]
+    for index in range(model.layers):
+        layer = model.layer(index)
+        weights: AbstractContextManager[None] = widened(layer) if wide else resident(layer)
+        with weights:
+            for number, item in enumerate(passes):
+                args, kwargs = item.calls[index]
+                state = states[number]
+                state = state.to(torch.promote_types(state.dtype, torch.float32)) if wide else state
+                states[number] = first(layer(state, *args, **kwargs))
+    return states
+
+
 @torch.no_grad()
 def _layer_items(model: Model) -> int:
     """How many items a layer returns in a tuple, 0 for a plain tensor.
@@ -263,15 +348,17 @@ def _layer_items(model: Model) -> int:
     It differs between architectures and between versions of transformers, so the first layer is
     asked, with one token.
     """
-    outputs: list[Any] = []
-    handle = model.layer(0).register_forward_hook(lambda *seen: outputs.append(seen[-1]))
-    with ExitStack() as stack:
-        stack.callback(handle.remove)
-        for index in range(1, model.layers):
-            stack.enter_context(substitute(model.layer(index), lambda *_a, **_k: outputs[0]))
-        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        model.trunk(input_ids=token, use_cache=False)
-    return item_count(outputs[0])
+    if model.hf not in _ITEMS:
+        outputs: list[Any] = []
+        handle = model.layer(0).register_forward_hook(lambda *seen: outputs.append(seen[-1]))
+        with ExitStack() as stack:
+            stack.callback(handle.remove)
+            for index in range(1, model.layers):
+                stack.enter_context(substitute(model.layer(index), lambda *_a, **_k: outputs[0]))
+            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            model.trunk(input_ids=token, use_cache=False)
+        _ITEMS[model.hf] = item_count(outputs[0])
+    return _ITEMS[model.hf]
 
 
 def first(output: Any) -> Tensor:

@@ -36,8 +36,9 @@ from circuitune.effects import EffectTable
 from circuitune.errors import UserError
 from circuitune.models import Model
 from circuitune.pairs import PairSet, Writing, encode_text, pad, shipped_paragraphs
-from circuitune.patching import pad_left, unembed
+from circuitune.patching import unembed
 from circuitune.problems import Operator, Problem, completion, sample_problems
+from circuitune.prompts import pad_left
 from circuitune.runs import write_json
 from circuitune.sites import resume, states_entering
 from circuitune.slices import Slice, attached, head_slices, save_delta, trainable

@@ -17,15 +17,16 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from circuitune import ranks
 from circuitune.components import Circuit, Head, parse_component
 from circuitune.config import ValidateConfig
 from circuitune.effects import measure
 from circuitune.errors import UserError
-from circuitune.locate import Task, prepare
 from circuitune.models import Model
 from circuitune.pairs import PairSet
-from circuitune.patching import end_states, unembed
+from circuitune.patching import first_choice, unembed
 from circuitune.stats import Interval, clustered_proportion
+from circuitune.tasks import Task, prepare
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,8 @@ def knock_out(model: Model, task: Task, heads: Sequence[Head]) -> tuple[np.ndarr
         per pair, whether the answer is still the first choice among all tokens, and its logit
         difference against the other admissible answers.
     """
-    edits = task.corrupt.mean_outputs(heads, model.d_head)
-    states = end_states(model, task.prompts, edits=edits)
-    top = unembed(model, states.final).argmax(dim=-1).cpu().numpy()
+    states = task.states(model, heads)
+    top = first_choice(model, states.final)
     logits = unembed(model, states.final, task.pairs.candidates).cpu().numpy()
     return top == task.tokens, measure(logits, task.pairs.answers)["logit_diff"]
 
@@ -119,14 +119,14 @@ def validate(model: Model, config: ValidateConfig, run: Path, work: Path) -> Non
     """The stage: knock out every planned set on the held-out pairs of every task.
 
     Controls run on the task that the heads were chosen on, the top-k sets on every task.
+    Several processes (see `circuitune.ranks`) share the sets, each on all pairs.
     """
-    record = _read_circuit(run)
+    record = ranks.first(lambda: _read_circuit(run))
     circuit = Circuit.from_json(record)
     single = [parse_component(item["id"]) for item in record["single_pass"]["components"]]
-    pair_set = PairSet.load(run)
-    answers = pair_set.selection.get("admissible", ())
+    pair_set = ranks.first(lambda: PairSet.load(run))
     tasks = {
-        name: prepare(model, pair_set.of(name, "test"), answers)
+        name: prepare(model, pair_set.of(name, "test"), pair_set.answers)
         for name in pair_set.tasks
         if pair_set.of(name, "test")
     }
@@ -137,14 +137,15 @@ def validate(model: Model, config: ValidateConfig, run: Path, work: Path) -> Non
         if name == circuit.task or knockout.kind in ("top", "single_pass")
     ]
     jobs += [(name, Knockout("top", 0, 0, ())) for name in tasks]
+    share = ranks.share()
     rows = []
-    for name, knockout in tqdm(jobs, desc="knockout", disable=None, leave=False):
+    for name, knockout in tqdm(share.of(jobs), desc="knockout", disable=None, leave=False):
         hits, difference = knock_out(model, tasks[name], knockout.heads)
         groups = tasks[name].pairs.groups
         rng = np.random.default_rng(config.seed)
-        share = clustered_proportion(hits.astype(float), rng=rng, groups=groups)
+        alive = clustered_proportion(hits.astype(float), rng=rng, groups=groups)
         if knockout.k == 0 and hits.all():  # by selection, not by sampling
-            share = Interval(1.0, 1.0, 1.0, len(hits))
+            alive = Interval(1.0, 1.0, 1.0, len(hits))
         rows.append(
             {
                 "set": knockout.kind,
@@ -153,15 +154,17 @@ def validate(model: Model, config: ValidateConfig, run: Path, work: Path) -> Non
                 "ablation": "mean",
                 "where": "end",
                 "task": name,
-                "accuracy": share.estimate,
+                "accuracy": alive.estimate,
                 "n": len(hits),
-                "low": share.low,
-                "high": share.high,
+                "low": alive.low,
+                "high": alive.high,
                 "logit_diff": float(difference.mean()),
                 "heads": " ".join(str(head) for head in knockout.heads),
             }
         )
-    frame = pd.DataFrame(rows).sort_values(["task", "set", "k", "draw"], kind="stable")
+    frame = pd.DataFrame(share.collect(rows)).sort_values(
+        ["task", "set", "k", "draw"], kind="stable"
+    )
     frame.to_parquet(work / "knockout.parquet", index=False)
 
 

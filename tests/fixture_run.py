@@ -13,6 +13,8 @@ SINGLE_PASS = ("20.8", "22.0", "9.4", "17.2", "25.1", "11.7", "28.3", "14.6", "1
 SIZES = (1, 2, 3, 5, 8, 12, 20)
 TASKS = ("add", "sub", "mul", "div")
 STAGES = ("validate", "tune", "evaluate")
+CONTRASTS = ("operand 1", "operator", "operand 2")
+NOISE = {"logit_diff": 2.4e-6, "relative_logit": 1.1e-7, "prob": 5.2e-7}
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
@@ -41,7 +43,8 @@ def write_run(
     _dump(run / "selection.json", _selection(rng, tasks))
     lines = [json.dumps(pair) for pair in _pairs(rng, tasks)]
     (run / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _dump(run / "circuit.json", _circuit(effects, tasks[0], model))
+    circuit = _circuit(effects, tasks[0], model) | {"noise": NOISE, "graph": _graph(rng)}
+    _dump(run / "circuit.json", circuit)
     if "validate" in stages:
         _knockout(rng, tasks).to_parquet(run / "knockout.parquet")
     if "tune" in stages:
@@ -162,6 +165,7 @@ def _effects(rng: np.random.Generator) -> pd.DataFrame:
             "clean": np.tile(base, len(ids)),
             "patched": patched.ravel(),
             "effect": change.ravel(),
+            "noise": np.repeat([NOISE[metric] * _layer(name) / LAYERS for name in ids], EXAMPLES),
         }
         frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
@@ -212,6 +216,65 @@ def _circuit(effects: pd.DataFrame, task: str, model: str) -> dict[str, object]:
             "key_cut": -0.05,
             "key_heads": 0,
         },
+    }
+
+
+def _graph(rng: np.random.Generator) -> dict[str, object]:
+    """20.8 reads the first operand, 17.2 the second through 12.4; 14.6 brings the operator."""
+
+    def effect(value: float, share: float) -> dict[str, float]:
+        half = 0.2 * abs(value) + 0.02
+        p = float(min(1.0, 0.004 / abs(share) if share else 1.0))
+        return {
+            "estimate": value,
+            "low": value - half,
+            "high": value + half,
+            "p_adjusted": p,
+            "share": share,
+        }
+
+    def node(name: str, *values: float) -> dict[str, object]:
+        effects = {c: effect(v, v / totals[c]) for c, v in zip(CONTRASTS, values, strict=True)}
+        brings = [c for c, v in zip(CONTRASTS, values, strict=True) if v / totals[c] > 0.05]
+        passes = [second] if name == "12.4" else []
+        node = {"id": name, "key": name in CHOSEN[:3], "brings": brings, "passes_on": passes}
+        return node | {"effects": effects}
+
+    def edge(sender: str, role: str, receiver: str, contrast: str, *rest: object) -> dict:
+        value, share, at, then = rest
+        record = {"sender": sender, "role": role, "receiver": receiver, "contrast": contrast}
+        return record | {"at": at, "then": then} | effect(float(value), float(share))
+
+    totals = dict(zip(CONTRASTS, (-5.4, -3.9, -5.5), strict=True))
+    first, operator, second = CONTRASTS
+    noise = float(rng.normal(0.0, 0.01))
+    return {
+        "metric": "logit_diff",
+        "contrasts": list(CONTRASTS),
+        "roles": [*CONTRASTS, "end", "other"],
+        "totals": totals,
+        "nodes": [
+            node("20.8", -2.2, -0.1, noise),
+            node("17.2", noise, -0.2, -1.8),
+            node("14.6", 0.1, -0.8, noise),
+            node("12.4", noise, noise, noise),
+            node("mlp.24", -3.1, -2.4, -3.4),
+        ],
+        "doors": [edge("all", first, "20.8.v", first, -2.3, 1.04, None, None)],
+        "edges": [
+            edge("embed", first, "20.8.v", first, -2.1, 0.95, None, None),
+            edge("12.4", second, "17.2.v", second, -1.2, 0.67, None, None),
+            edge("embed", second, "12.4.v", second, -0.9, 0.75, second, "17.2.v"),
+            edge("mlp.9", second, "17.2.v", second, 0.3, -0.17, None, None),
+            edge("mlp.3", "end", "14.6.q", operator, -0.4, 0.5, None, None),
+        ],
+        "prompts": 32,
+        "groups": 12,
+        "given": 96,
+        "dropped": {"operand 1: no other digit fits": 3, "operand 2: no other digit fits": 2},
+        "tests": {"direct": 90, "doors": 4, "edges": 48},
+        "unopened": 0,
+        "brings": "significant at a false-discovery rate of 5% and at least 5% of the whole",
     }
 
 

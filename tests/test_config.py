@@ -36,7 +36,7 @@ def test_the_given_values_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("config_class", "values", "says"),
     [
-        (LocateConfig, {"mots": 3}, "one of most, draws, seed, found 'mots'; correct the name"),
+        (LocateConfig, {"mots": 3}, "one of rule, most, .*, found 'mots'; correct the name"),
         (LocateConfig, {"most": "3"}, "most must be a whole number, found '3'; correct it"),
         (LocateConfig, {"most": 3.0}, "most must be a whole number, found 3.0; correct it"),
         (LocateConfig, {"most": True}, "most must be a whole number, found True; correct it"),

@@ -21,10 +21,11 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 # A module imports only from rows above its own; the package report/ is one row.
 ROWS = [
-    *("errors", "components", "config", "stats", "effects", "problems", "runs"),
-    *("families", "models", "sites", "patching", "paths", "attribution", "selftest"),
-    *("pairs", "slices", "locate", "validate", "explain", "transfer", "tune", "evaluate"),
-    *("report", "cli", "__main__"),
+    *("errors", "components", "config", "stats", "effects", "racing", "problems", "runs"),
+    *("ranks", "families", "checkpoints", "weights", "models", "memory", "sites", "prompts"),
+    *("patching", "ports", "paths", "attribution", "selftest", "pairs", "roles", "chains"),
+    *("graph", "slices", "tasks", "selection", "locate", "validate", "explain", "transfer"),
+    *("tune", "evaluate", "report", "cli", "__main__"),
 ]
 
 FILE_LINES, FUNCTION_LINES, CLASS_LINES, PARAMETERS = 500, 60, 250, 7
@@ -255,12 +256,14 @@ def test_axis_names_are_declared_once_for_all() -> None:
 
 @pytest.mark.parametrize("stage", cli.IMPLEMENTATION)
 def test_every_option_is_read_by_its_stage(stage: str) -> None:
-    """An option that nothing reads would be a promise that nobody keeps."""
+    """An option that neither the stage nor what it imports reads is a promise nobody keeps."""
     implementation, config_class = cli.IMPLEMENTATION[stage]
     module = implementation.partition(":")[0].rpartition(".")[2]
-    tree = TREES[ROOT / f"{module}.py"]
+    own = TREES[ROOT / f"{module}.py"]
+    trees = [own, *(TREES[path] for path in TREES if path.stem in imported_rows(own))]
     read = {
         node.attr
+        for tree in trees
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "config"
     }

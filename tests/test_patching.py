@@ -9,14 +9,8 @@ import torch
 
 from circuitune.components import Head, Mlp, all_components
 from circuitune.models import Model
-from circuitune.patching import (
-    direct_effects,
-    end_states,
-    pad_left,
-    prefill,
-    similar_lengths,
-    unembed,
-)
+from circuitune.patching import direct_effects, end_states, noise_floor, pair_states, unembed
+from circuitune.prompts import pad_left, prefill, prefill_pairs, similar_lengths
 from tests.reference.slow_effects import run_with, slow_patched_logits
 
 FAMILIES = ["llama", "mistral", "qwen2"]
@@ -69,7 +63,7 @@ def test_patching_clean_into_clean_is_exactly_nothing(tiny: Callable[..., Model]
         model, clean, clean, candidates=CANDIDATES, answers=np.zeros(6, dtype=int)
     )
     for metric in table.patched:
-        assert np.abs(table.effect(metric)).max() < 1e-12
+        assert np.abs(table.effect(metric)).max() == 0
 
 
 def test_results_do_not_depend_on_order_or_batching(
@@ -81,9 +75,101 @@ def test_results_do_not_depend_on_order_or_batching(
     order = [3, 1, 8, 0, 2, 7, 6, 5, 4]
     shuffled = end_states(model, prefill(model, [texts[i] for i in order]))
     torch.testing.assert_close(together.z[:, order], shuffled.z, atol=1e-12, rtol=0)
-    monkeypatch.setattr("circuitune.patching.PROMPTS_PER_BATCH", 1)
+    monkeypatch.setattr("circuitune.prompts.PROMPTS_PER_BATCH", 1)
     alone = end_states(model, prefill(model, texts))
     torch.testing.assert_close(together.final, alone.final, atol=1e-12, rtol=0)
+
+
+FEW_SHOT = [256, *b"1 + 2 = 3\n2 + 2 = 4\n"]
+
+
+def few_shot(n: int, seed: int, *, ragged: bool) -> tuple[list[list[int]], list[list[int]]]:
+    """Pairs behind one few-shot prefix; each differs in one token near the end."""
+    rng = random.Random(seed)
+    clean, corrupt = [], []
+    for _ in range(n):
+        question = [rng.randrange(256) for _ in range(rng.randint(4, 15) if ragged else 12)]
+        clean.append([*FEW_SHOT, *question])
+        corrupt.append([*FEW_SHOT, *question])
+        corrupt[-1][-3] = (corrupt[-1][-3] + 1) % 256
+    return clean, corrupt
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_what_prompts_share_is_computed_once_and_exactly(
+    tiny: Callable[..., Model], family: str, ragged: bool
+) -> None:
+    """A common start, and the tokens of a pair before it differs, change no number."""
+    model = tiny(family)
+    clean, corrupt = few_shot(7, seed=1, ragged=ragged)
+    tokens = []
+    embedding = model.hf.get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel()))
+    pair = prefill_pairs(model, clean, corrupt)
+    handle.remove()
+    whole = sum(len(prompt) - 1 for prompt in (*clean, *corrupt))
+    assert sum(tokens) < whole / (2 if ragged else 3)
+    for done, texts in zip(pair, (clean, corrupt), strict=True):
+        states = end_states(model, done)
+        for row, text in enumerate(texts):
+            alone = end_states(model, prefill(model, [text]))
+            for name in ("z", "attention", "mlp", "entry"):
+                shared, own = getattr(states, name)[:, row], getattr(alone, name)[:, 0]
+                torch.testing.assert_close(shared, own, atol=1e-12, rtol=1e-9)
+
+
+def test_prompts_longer_than_a_sliding_window_share_no_start(tiny: Callable[..., Model]) -> None:
+    """Padding behind the start would move the window; so it is not shared, and nothing changes."""
+    model = tiny("mistral", sliding_window=9)
+    clean, corrupt = few_shot(5, seed=2, ragged=True)
+    for done, texts in zip(prefill_pairs(model, clean, corrupt), (clean, corrupt), strict=True):
+        states = end_states(model, done)
+        for row, text in enumerate(texts):
+            plain = model.hf(torch.tensor([text])).logits[0, -1]
+            torch.testing.assert_close(unembed(model, states.final)[row], plain, atol=1e-9, rtol=0)
+
+
+def test_running_end_leaves_the_cache_as_it_was(tiny: Callable[..., Model]) -> None:
+    model = tiny("llama")
+    done = prefill(model, prompts(3, seed=1))
+    states = end_states(model, done)
+    assert torch.equal(states.final, end_states(model, done).final)
+    with pytest.raises(RuntimeError, match="size"):
+        end_states(model, done, edits={Head(1, 0): torch.zeros(3)})  # a head has 8 numbers
+    assert torch.equal(states.final, end_states(model, done).final)
+
+
+def test_results_do_not_depend_on_threads_or_the_tokenizers_padding_side(
+    tiny: Callable[..., Model],
+) -> None:
+    model = tiny("llama")
+    model.hf.float()
+    clean, corrupt = few_shot(6, seed=3, ragged=True)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads, side in ((1, "left"), (2, "right")):
+            torch.set_num_threads(threads)
+            model.tokenizer.padding_side = side
+            states = pair_states(model, *prefill_pairs(model, clean, corrupt))
+            answers = np.zeros(6, dtype=int)
+            table = direct_effects(model, *states, candidates=CANDIDATES, answers=answers)
+            found.append(table.effect())
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(*found, atol=1e-5, rtol=0)
+
+
+def test_the_noise_floor_is_far_below_the_effects(tiny: Callable[..., Model]) -> None:
+    model = tiny("llama")
+    clean, corrupt = few_shot(4, seed=4, ragged=True)
+    states = pair_states(model, *prefill_pairs(model, clean, corrupt))
+    keywords = {"candidates": CANDIDATES, "answers": np.zeros(4, dtype=int)}
+    floor = noise_floor(model, states[0], **keywords)
+    table = direct_effects(model, *states, **keywords)
+    for metric, values in floor.items():
+        assert values.shape == (model.layers,)
+        assert values.max() < 1e-9 * np.abs(table.effect(metric)).max()
 
 
 def test_end_states_equal_a_plain_forward(tiny: Callable[..., Model]) -> None:
@@ -125,9 +211,10 @@ def test_senders_can_be_a_subset_in_any_order(tiny: Callable[..., Model]) -> Non
 
 def test_similar_lengths_covers_every_place_once() -> None:
     lengths = [3, 50, 4, 4, 90, 5, 7, 120, 3]
-    groups = similar_lengths(lengths, 3)
+    groups = similar_lengths(lengths, 3, tokens=150)
     assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
     assert all(len(group) <= 3 for group in groups)
+    assert max(max(lengths[i] for i in group) * len(group) for group in groups) <= 150
     for group in groups:
         inside = [lengths[place] for place in group]
         assert max(inside) <= 2 * min(inside)

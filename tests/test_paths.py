@@ -1,7 +1,10 @@
-"""Path effects against plain hooks one path at a time, and identities that must hold."""
+"""Path effects against plain hooks one path at a time, and identities that must hold.
+
+All architectures are compared in test_path_families.py.
+"""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +14,11 @@ import torch
 from circuitune.components import Embedding, Head, Mlp, Receiver, Sender, all_components
 from circuitune.effects import METRICS, measure
 from circuitune.errors import UserError
-from circuitune.families import FAMILIES
-from circuitune.models import Model
+from circuitune.models import Model, wrap
 from circuitune.patching import direct_effects, end_states, prefill
 from circuitune.paths import Paths, path_effects
 from circuitune.sites import attend, record
+from tests.conftest import byte_tokenizer, tiny_hf
 from tests.planted import CARRIERS, build
 from tests.reference.slow_paths import slow_path_logits
 
@@ -26,14 +29,13 @@ WINDOWS = {
 }
 CASES: dict[str, dict[str, object]] = {
     "llama": {"attention_bias": True},
-    "mistral": {"sliding_window": 4},
-    "qwen2": {},
     "qwen3": {},
     "gemma3_text": WINDOWS | {"query_pre_attn_scalar": 5},
 }
 RECEIVERS = tuple(
     Receiver(head, kind) for head in (Head(1, 2), Head(3, 1), Head(3, 3)) for kind in "qkv"
 )
+MLPS = tuple(Receiver(Mlp(layer), "in") for layer in (0, 3))
 LENGTHS = (6, 8, 6, 7)
 # Ragged, in two places for one, and empty for one.
 ROLES = {"operands": [[1, 3], [2], [], [-3]], "last": [[-1]] * 4}
@@ -62,9 +64,11 @@ def slow(
     """Every metric of one path by the reference."""
     clean, corrupt, _, others = options(paths)
     share = model.heads // model.kv_heads
-    group = paths.kv == "group" and path[1].kind != "q"
-    start = path[1].head.index // share * share
-    heads = range(start, start + share) if group else [path[1].head.index]
+    heads: Sequence[int] = []
+    if isinstance(path[1].part, Head):
+        start = path[1].part.index // share * share
+        group = paths.kv == "group" and path[1].kind != "q"
+        heads = range(start, start + share) if group else [path[1].part.index]
     places = [place % len(clean[example]) for place in paths.roles[role][example]]
     logits = slow_path_logits(
         model, clean[example], corrupt[example], *path, places=places, read=heads
@@ -75,8 +79,15 @@ def slow(
     return {metric: float(value[0]) for metric, value in values.items()}
 
 
-@pytest.mark.parametrize(("kv_heads", "kv"), [(4, "head"), (2, "head"), (2, "group"), (1, "group")])
-@pytest.mark.parametrize("family", [name for name in CASES if name in FAMILIES])
+@pytest.mark.parametrize(
+    ("family", "kv_heads", "kv"),
+    [
+        ("llama", 4, "head"),
+        ("llama", 2, "group"),
+        ("qwen3", 2, "head"),
+        ("gemma3_text", 1, "group"),
+    ],
+)
 def test_fast_equals_slow(tiny: Callable[..., Model], family: str, kv_heads: int, kv: str) -> None:
     model = tiny(family, num_key_value_heads=kv_heads, **CASES[family])
     paths = Paths(RECEIVERS, roles=ROLES, kv=kv)
@@ -87,7 +98,7 @@ def test_fast_equals_slow(tiny: Callable[..., Model], family: str, kv_heads: int
     effects = np.abs(table.effect())
     assert (effects > 1e-3).mean() > 0.2  # what is compared is not nothing
     filled = np.argwhere(effects != 0).tolist()
-    for r, p, s, example in random.Random(kv_heads).sample(filled, 12):
+    for r, p, s, example in random.Random(kv_heads).sample(filled, 9):
         path = table.senders[s], table.receivers[r]
         for metric, value in slow(model, paths, example, table.roles[p], path).items():
             assert abs(table.patched[metric][r, p, s, example] - value) < 1e-9, (path, metric)
@@ -96,7 +107,7 @@ def test_fast_equals_slow(tiny: Callable[..., Model], family: str, kv_heads: int
 def test_what_cannot_be_reached_is_exactly_unchanged(tiny: Callable[..., Model]) -> None:
     """The same level and later, a query behind END, a role that does not occur: zero, both ways."""
     model = tiny("qwen3")
-    paths = Paths(RECEIVERS, all_components(model.layers, model.heads), ROLES)
+    paths = Paths((*RECEIVERS, *MLPS), all_components(model.layers, model.heads), ROLES)
     *given, others = options(paths)
     table = path_effects(model, *given, **others)
     effects = table.effect()
@@ -104,8 +115,9 @@ def test_what_cannot_be_reached_is_exactly_unchanged(tiny: Callable[..., Model])
     for r, receiver in enumerate(table.receivers):
         for p, role in enumerate(table.roles):
             for s, sender in enumerate(table.senders):
-                blocked = sender.layer >= receiver.head.layer
-                blocked |= receiver.kind == "q" and role == "operands"
+                mlp = receiver.kind == "in" and isinstance(sender, Head)
+                blocked = sender.layer >= receiver.layer + mlp
+                blocked |= receiver.kind in ("q", "in") and role == "operands"
                 for example in range(len(LENGTHS)):
                     none = blocked or not ROLES[role][example]
                     assert (effects[r, p, s, example] == 0) == none
@@ -117,7 +129,7 @@ def test_what_cannot_be_reached_is_exactly_unchanged(tiny: Callable[..., Model])
 
 
 def test_clean_into_clean_is_exactly_nothing(tiny: Callable[..., Model]) -> None:
-    clean, _, paths, others = options(Paths(RECEIVERS))
+    clean, _, paths, others = options(Paths((*RECEIVERS, *MLPS)))
     table = path_effects(tiny("llama"), clean, clean, paths, **others)
     assert all((table.effect(metric) == 0).all() for metric in METRICS)
 
@@ -133,11 +145,25 @@ def test_a_patch_of_the_same_value_is_nothing(tiny: Callable[..., Model]) -> Non
     assert (np.abs(effects[keys_and_values, 1]) > 1e-6).all()
 
 
+def test_low_precision_weights_leave_no_rounding() -> None:
+    """All is computed in float32: a patch of the same value would else change the last bits."""
+    model = wrap(tiny_hf("llama").bfloat16(), byte_tokenizer(), source="tiny bfloat16")
+    clean, _, _, others = options(Paths(RECEIVERS))
+    corrupt = [[one[0], one[1] + 1, *one[2:]] for one in clean]
+    roles = {"same": [[2, 3, -1]] * 4, "other": [[1, -1]] * 4}
+    paths = Paths((*RECEIVERS, *MLPS), [Embedding(), Mlp(0)], roles)
+    effects = np.abs(path_effects(model, clean, corrupt, paths, **others).effect())
+    assert effects[:, 0, 0].max() < 1e-5
+    assert (effects[1:3, 1, 0] > 1e-4).all()
+    assert all(weight.dtype == torch.bfloat16 for weight in model.hf.parameters())
+
+
 def test_order_and_batching_change_nothing(
     tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny("qwen3", num_key_value_heads=1)
-    clean, corrupt, paths, others = options(Paths(RECEIVERS, roles=ROLES, kv="group"))
+    receivers = (*RECEIVERS[5:], MLPS[1])
+    clean, corrupt, paths, others = options(Paths(receivers, roles=ROLES, kv="group"))
     whole = path_effects(model, clean, corrupt, paths, **others)
     monkeypatch.setattr("circuitune.paths.PROMPTS_PER_BATCH", 1)
     monkeypatch.setattr("circuitune.paths.ATTENTION_TOKENS", 1)
@@ -148,7 +174,7 @@ def test_order_and_batching_change_nothing(
         [clean[place] for place in prompts],
         [corrupt[place] for place in prompts],
         Paths(
-            RECEIVERS[::-1],
+            receivers[::-1],
             senders,
             {role: [ROLES[role][place] for place in prompts] for role in ("last", "operands")},
             kv="group",
@@ -303,20 +329,12 @@ def test_what_does_not_fit_is_refused(
         path_effects(tiny("llama"), clean, corrupt, replace(paths, **change), **others)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "olmo2", "phi3", "gptj"])
-def test_other_projections_are_refused(tiny: Callable[..., Model], family: str) -> None:
-    extra = {"pad_token_id": 0} if family in ("phi3", "olmo2") else {}
-    *given, others = options(Paths(RECEIVERS))
-    with pytest.raises(UserError, match=f"q_proj, k_proj and v_proj .* a {family} model"):
-        path_effects(tiny(family, **extra), *given, **others)
-
-
 def test_real_model_fast_equals_slow(smollm2: Model) -> None:
-    """Five paths of SmolLM2 into its strongest head, within 1e-4 logits."""
+    """Paths of SmolLM2 into its strongest head and an MLP, within 1e-4 logits."""
     texts = [f"Math:\n{sum_} = " for sum_ in ("3 + 5", "4 + 2", "3 @ 5", "4 @ 2")]
     tokens = [smollm2.tokenizer(text).input_ids for text in texts]
     digits = [smollm2.tokenizer(str(digit)).input_ids[0] for digit in range(10)]
-    receivers = [Receiver(Head(14, 2), kind) for kind in "qkv"]
+    receivers = [*(Receiver(Head(14, 2), kind) for kind in "qkv"), Receiver(Mlp(16), "in")]
     senders = [Embedding(), Head(8, 3), Mlp(10), Mlp(13)]
     roles = {"before": [list(range(len(tokens[0]) - 1))] * 2, "end": [[-1]] * 2}
     paths = Paths(receivers, senders, roles)
@@ -324,7 +342,7 @@ def test_real_model_fast_equals_slow(smollm2: Model) -> None:
         smollm2, tokens[:2], tokens[2:], paths, candidates=digits, answers=np.array([8, 6])
     )
     assert np.abs(table.effect()).max() > 0.01
-    for r, p, s in random.Random(0).sample(list(np.ndindex(3, 2, 4)), 5):
+    for r, p, s in [(0, 1, 1), (1, 0, 0), (1, 1, 2), (2, 0, 3), (3, 1, 1)]:
         example = s % 2
         places = [place % len(tokens[0]) for place in roles[table.roles[p]][example]]
         expected = slow_path_logits(

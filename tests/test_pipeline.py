@@ -63,6 +63,7 @@ def test_every_file_is_there_and_readable(finished: Path) -> None:
         "selection.json",
         "effects.parquet",
         "circuit.json",
+        "paths.parquet",
         "knockout.parquet",
         "tuned",
         "tune.json",

@@ -20,7 +20,7 @@ import circuitune.report
 from circuitune.errors import UserError
 from circuitune.report import summarise, write_report
 from circuitune.report.terminal import render
-from tests.fixture_run import CHOSEN, EXAMPLES, write_run
+from tests.fixture_run import CHOSEN, EXAMPLES, STAGES, write_run
 
 _VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -230,7 +230,7 @@ def test_intervals_resample_grouped_pairs_together(run: Path) -> None:
 
 def _first_sweep(run: Path) -> float:
     """Width of the first component's interval in the first sweep."""
-    interval = summarise(run).ranking.rows[0].cells[-1].interval
+    interval = summarise(run).ranking.rows[0].cells[4].interval
     low, high = (float(end.replace("\u2212", "-")) for end in interval.strip("[]").split(", "))
     return high - low
 
@@ -299,11 +299,11 @@ def test_tuning_table_has_a_row_per_variant_and_marks_differences(whole: Path) -
 @pytest.mark.parametrize(
     ("stages", "figures", "commands"),
     [
-        ((), {"effects"}, {"validate", "tune", "evaluate"}),
-        (("validate",), {"effects", "knockout", "others"}, {"tune", "evaluate"}),
-        (("validate", "tune"), {"effects", "knockout", "others"}, {"evaluate"}),
-        (("validate", "tune", "evaluate"), {"effects", "knockout", "others", "tuning"}, set()),
-        (("evaluate",), {"effects", "tuning"}, {"validate", "tune"}),
+        ((), {"effects", "feeds"}, {"validate", "tune", "evaluate"}),
+        (("validate",), {"effects", "feeds", "knockout", "others"}, {"tune", "evaluate"}),
+        (("validate", "tune"), {"effects", "feeds", "knockout", "others"}, {"evaluate"}),
+        (STAGES, {"effects", "feeds", "knockout", "others", "tuning"}, set()),
+        (("evaluate",), {"effects", "feeds", "tuning"}, {"validate", "tune"}),
     ],
 )
 def test_missing_stages_are_named_with_their_command(
@@ -490,6 +490,145 @@ def test_the_report_knows_only_errors_and_statistics() -> None:
             names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
             own = [name for name in names if name.startswith("circuitune")]
             assert all(name.startswith(allowed) for name in own), path.name
+
+
+# ------------------------------------------------------------------------ who feeds the key heads
+
+
+def edit_graph(run: Path, change: Callable[[dict], object]) -> None:
+    """Change the graph of `circuit.json` in place."""
+    path = run / "circuit.json"
+    circuit = json.loads(path.read_text())
+    change(circuit["graph"])
+    path.write_text(json.dumps(circuit))
+
+
+def lines_of(page: Page) -> list[dict]:
+    """The lines of the drawn graph, one for each measured effect."""
+    return [
+        trace
+        for trace in page.figure("feeds")["data"]
+        if trace["mode"] == "lines" and trace["x"] != [None]
+    ]
+
+
+def test_every_edge_is_a_line_of_its_size_and_sign(whole: Path, page: Page) -> None:
+    graph = json.loads((whole / "circuit.json").read_text())["graph"]
+    lines = {line["text"].partition("<br>")[0]: line for line in lines_of(page)}
+    arrow = "\u2192"
+    assert f"<b>12.4</b> at operand 2 {arrow} <b>17.2.v</b>" in lines
+    chain = lines[f"<b>tokens</b> at operand 2 {arrow} <b>12.4.v {arrow} 17.2.v</b>"]
+    assert "\u22120.90 logits [\u22121.10, \u22120.70]" in chain["text"]
+    assert "share 75 %" in chain["text"]
+    larger = lines[f"<b>tokens</b> at operand 1 {arrow} <b>20.8.v</b>"]
+    assert larger["line"]["width"] > chain["line"]["width"] > 1
+    opposing = lines[f"<b>mlp.9</b> at operand 2 {arrow} <b>17.2.v</b>"]
+    assert opposing["line"]["color"] != chain["line"]["color"]
+    assert len(lines) == len(graph["edges"]) + 3  # and the three key heads to the answer
+    for line in lines.values():
+        assert line["y"][0] < line["y"][-1]  # upwards is deeper
+
+
+def test_a_panel_for_each_contrast_with_what_it_does(page: Page) -> None:
+    titles = [note["text"] for note in page.figure("feeds")["layout"]["annotations"]]
+    assert titles == [
+        "operand 1 differs: \u22125.40 logits",
+        "operator differs: \u22123.90 logits",
+        "operand 2 differs: \u22125.50 logits",
+    ]
+
+
+def test_sentences_say_which_heads_bring_what(whole: Path, page: Page) -> None:
+    first, operator, second = map(str, summarise(whole).brought)
+    assert first.startswith("Operand 1 (\u22125.40 logits in all) comes with 20.8 \u22122.20 [")
+    assert first.endswith("(its value at operand 1, straight from the tokens).")
+    assert "comes with 14.6 \u22120.80" in operator
+    assert second.endswith("(its value at operand 2, fed by 12.4).")
+    assert "20.8" not in second
+    for line in (first, operator, second):
+        assert line in page.text
+        assert line in " ".join(printed(whole, 100).split())
+
+
+def test_a_contrast_that_no_head_brings_says_so(run: Path) -> None:
+    def change(graph: dict) -> None:
+        for node in graph["nodes"]:
+            node["brings"] = [name for name in node["brings"] if name != "operator"]
+
+    edit_graph(run, change)
+    assert "comes with no single head" in str(summarise(run).brought[1])
+
+
+def test_nodes_are_listed_with_intervals_key_heads_first(whole: Path) -> None:
+    table = summarise(whole).feeding
+    assert table is not None
+    assert [row.cells[0].text for row in table.rows] == ["20.8", "17.2", "14.6", "12.4", "mlp.24"]
+    assert [row.strong for row in table.rows] == [True, True, True, False, False]
+    assert table.rows[0].cells[1].text == "operand 1"
+    assert table.rows[0].cells[3].interval.startswith("[\u22122.66")
+    assert table.rows[3].cells[2].text == "operand 2 to 17.2.v"
+    assert table.rows[4].cells[1].text == "operand 1, operator, operand 2"
+
+
+def test_the_caption_says_what_the_numbers_rest_on(page: Page) -> None:
+    assert "over 32 of 96 prompts (12 groups; 5 could not be changed in one" in page.text
+
+
+def test_older_runs_have_no_such_section(run: Path) -> None:
+    edit_json(run / "circuit.json", _without("graph"))
+    assert "feeds-data" not in (older := read_page(run)).data
+    assert "Who feeds the key heads" not in older.text
+    assert summarise(run).brought == ()
+
+
+def test_a_graph_without_edges_still_lists_its_nodes(run: Path) -> None:
+    def change(graph: dict) -> None:
+        graph["edges"] = []
+        for node in graph["nodes"]:
+            node["brings"] = []
+
+    edit_graph(run, change)
+    page = read_page(run)
+    assert "feeds-data" not in page.data
+    assert "Who feeds the key heads" in page.text
+
+
+def _first_edge(**changes: object) -> Callable[[dict], object]:
+    return lambda graph: graph["edges"][0].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_first_edge(receiver="20.8"), "found 'embed' to '20.8'"),
+        (_first_edge(sender="head 3"), "found 'head 3' to '20.8.v'"),
+        (_first_edge(estimate=None), "must hold a number as 'estimate' of 'edges' of 'graph'[0]"),
+        (lambda graph: graph.pop("totals"), "must hold 'totals' in 'graph'"),
+        (lambda graph: graph["nodes"][0].update(id="30.1"), "30 layers and 9 heads"),
+    ],
+)
+def test_a_malformed_graph_is_told_in_one_sentence(
+    run: Path, change: Callable[[dict], object], told: str
+) -> None:
+    edit_graph(run, change)
+    _fails(run, told, run / "circuit.json")
+
+
+def test_noise_floors_stand_beside_the_effects(whole: Path, page: Page) -> None:
+    ranking = summarise(whole).ranking
+    assert [column.label for column in ranking.columns][-1] == "Noise floor"
+    assert ranking.rows[0].cells[-1].text == "2e\u22126"  # 20/30 of the floor: 1.6e-6
+    assert "noise floor 2e\u22126." in ranking.note
+    assert "by the same path: at most 2e\u22126 logits" in page.text
+    assert "noise floor 2e\u22126" in page.figure("effects")["data"][0]["text"][8][20]
+
+
+def test_older_runs_have_no_noise_floor(run: Path) -> None:
+    edit_json(run / "circuit.json", _without("noise"))
+    edit_table(run / "effects.parquet", lambda table: table.drop(columns="noise"))
+    page = read_page(run)
+    assert "oise floor" not in page.text
+    assert len(summarise(run).ranking.columns) == 5
 
 
 def test_certainty_speaks_only_of_what_was_measured(run: Path) -> None:

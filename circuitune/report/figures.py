@@ -19,9 +19,9 @@ from circuitune.report.measures import Curve, Knockouts
 from circuitune.report.records import Circuit, Estimate, Evaluation, ModelCard
 
 _FONT = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
-_INK = "#7b828c"  # where the style sheet is not applied, legible on white and on black
+INK = "#7b828c"  # where the style sheet is not applied, legible on white and on black
 _GRID = "rgba(128,136,148,0.22)"
-_SUPPORTS, _OPPOSES = "217,98,8", "32,126,196"
+SUPPORTS, OPPOSES = "217,98,8", "32,126,196"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ _OTHER = _Style("204,121,167", "dashdot", "x")
 
 
 def effect_map(
-    model: ModelCard, circuit: Circuit, effects: Mapping[str, Mapping[str, Estimate]]
+    model: ModelCard,
+    circuit: Circuit,
+    effects: Mapping[str, Mapping[str, Estimate]],
+    noise: Mapping[str, Mapping[str, float]],
 ) -> go.Figure:
     """Mean effect of every head (layer by head) and, on its own axis below, of every MLP.
 
@@ -54,12 +57,13 @@ def effect_map(
         model: The shape of the model.
         circuit: The chosen components; its metric is the one that is drawn.
         effects: Metric -> component -> mean effect; see `mean_effects`.
+        noise: Metric -> component -> what rounding alone does to it; may be empty.
     """
     metric = circuit.metric if circuit.metric in effects else next(iter(effects))
     drawn, unit = effects[metric], fmt.unit_of(metric)
     ranks = {part.id: rank for rank, part in enumerate(circuit.components, start=1)}
     mlps = {name: value for name, value in drawn.items() if name.startswith("mlp.")}
-    hovers = {name: _hover(name, ranks.get(name), effects) for name in drawn}
+    hovers = {name: _hover(name, ranks.get(name), effects, noise) for name in drawn}
     tile = min(30, max(14, ceil(420 / model.heads)))
     tall = tile * model.heads
     strip = 110 if mlps else 0
@@ -88,7 +92,7 @@ def effect_map(
         row=1,
         col=1,
     )
-    return _finished(figure, height=tall + strip + gap + 70, top=10)
+    return finished(figure, height=tall + strip + gap + 70, top=10)
 
 
 def knockout_chart(curves: Knockouts, task: str) -> go.Figure:
@@ -101,7 +105,7 @@ def knockout_chart(curves: Knockouts, task: str) -> go.Figure:
     figure.update_layout(legend_traceorder="reversed")
     figure.update_xaxes(title_text="components removed")
     figure.update_yaxes(title_text=f"accuracy on {escape(fmt.task_name(task))}, %")
-    return _finished(figure, height=400, top=44)
+    return finished(figure, height=400, top=44)
 
 
 def other_tasks_chart(curves: Knockouts, task: str) -> go.Figure | None:
@@ -129,7 +133,7 @@ def other_tasks_chart(curves: Knockouts, task: str) -> go.Figure | None:
     figure.update_xaxes(title_text="removed", row=high)
     figure.update_yaxes(title_text="accuracy, %", col=1)
     figure.update_traces(showlegend=False)
-    return _finished(figure, height=220 * high + 50, top=34)
+    return finished(figure, height=220 * high + 50, top=34)
 
 
 def tuning_chart(records: Sequence[Evaluation], variants: Sequence[str]) -> go.Figure | None:
@@ -168,7 +172,7 @@ def tuning_chart(records: Sequence[Evaluation], variants: Sequence[str]) -> go.F
         showgrid=False,
         zeroline=False,
     )
-    return _finished(figure, height=52 * len(tasks) + 100, top=44)
+    return finished(figure, height=52 * len(tasks) + 100, top=44)
 
 
 def _heat(
@@ -179,8 +183,8 @@ def _heat(
     limit = max((abs(v) for line in values for v in line if v is not None), default=0.0) or 1.0
     # One hue each side, fading out at 0, so that the page itself is the neutral colour.
     fade = ((1.0, 1.0), (0.5, 0.6), (0.0, 0.06))
-    scale = [(0.5 - 0.5 * at, f"rgba({_SUPPORTS},{alpha})") for at, alpha in fade]
-    scale += [(0.5 + 0.5 * at, f"rgba({_OPPOSES},{alpha})") for at, alpha in reversed(fade)]
+    scale = [(0.5 - 0.5 * at, f"rgba({SUPPORTS},{alpha})") for at, alpha in fade]
+    scale += [(0.5 + 0.5 * at, f"rgba({OPPOSES},{alpha})") for at, alpha in reversed(fade)]
     return go.Heatmap(
         z=values,
         zmin=-limit,
@@ -215,7 +219,7 @@ def _add_ranks(figure: go.Figure, ranks: Mapping[str, int]) -> None:
     ]
     for layer, head, _ in places:
         corners = {"x0": layer - 0.47, "x1": layer + 0.47, "y0": head - 0.47, "y1": head + 0.47}
-        figure.add_shape(type="rect", line={"color": _INK, "width": 1.2}, **corners, row=1, col=1)
+        figure.add_shape(type="rect", line={"color": INK, "width": 1.2}, **corners, row=1, col=1)
     numbers = go.Scatter(
         x=[layer for layer, _, _ in places],
         y=[head for _, head, _ in places],
@@ -237,7 +241,7 @@ def _mlp_bars(
 ) -> go.Bar:
     names = sorted(mlps, key=_mlp_layer)
     scaled = [mlps[name].scaled(unit.factor) for name in names]
-    colours = [_SUPPORTS if estimate.value < 0 else _OPPOSES for estimate in scaled]
+    colours = [SUPPORTS if estimate.value < 0 else OPPOSES for estimate in scaled]
     return go.Bar(
         x=[_mlp_layer(name) for name in names],
         y=[estimate.value for estimate in scaled],
@@ -256,12 +260,20 @@ def _mlp_layer(name: str) -> int:
     return int(name.removeprefix("mlp."))
 
 
-def _hover(name: str, rank: int | None, effects: Mapping[str, Mapping[str, Estimate]]) -> str:
+def _hover(
+    name: str,
+    rank: int | None,
+    effects: Mapping[str, Mapping[str, Estimate]],
+    noise: Mapping[str, Mapping[str, float]],
+) -> str:
     lines = [f"<b>{name}</b>" + (f", rank {rank}" if rank else "")]
     for metric, means in effects.items():
         if name in means:
             name_of_metric = escape(fmt.unit_of(metric).name)
-            lines.append(f"{name_of_metric}: {escape(fmt.effect_in_words(metric, means[name]))}")
+            floor = noise.get(metric, {}).get(name)
+            noisy = "" if floor is None else f", noise floor {fmt.noise(metric, floor)}"
+            words = fmt.effect_in_words(metric, means[name])
+            lines.append(f"{name_of_metric}: {escape(words)}{escape(noisy)}")
     return "<br>".join(lines)
 
 
@@ -337,14 +349,15 @@ def _accuracy_axes(figure: go.Figure, curves: Knockouts) -> None:
     figure.update_xaxes(range=[-0.015 * largest, 1.015 * largest], showgrid=False, zeroline=False)
 
 
-def _finished(figure: go.Figure, *, height: int, top: int) -> go.Figure:
+def finished(figure: go.Figure, *, height: int, top: int) -> go.Figure:
+    """The figure in the style of the page; `height` and the margin at the `top` in pixels."""
     figure.update_layout(
         template="none",
         height=height,
         margin={"l": 56, "r": 8, "t": top, "b": 48},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": _FONT, "size": 13, "color": _INK},
+        font={"family": _FONT, "size": 13, "color": INK},
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"},
         hoverlabel={"bgcolor": "#20242b", "bordercolor": "#20242b", "font": {"color": "#f4f5f7"}},
         hovermode="closest",

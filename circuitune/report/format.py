@@ -73,6 +73,19 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def tiny(value: float) -> str:
+    """A number far below 1 to one digit: 2.1e-06 -> `2e-6`."""
+    if value == 0:
+        return "0"
+    mantissa, _, exponent = f"{value:.0e}".partition("e")
+    return f"{mantissa}e{int(exponent)}".replace("-", "\u2212")
+
+
+def p_value(value: float) -> str:
+    """A p-value: three decimals, or one digit where that would be 0."""
+    return number(value, 3) if value >= 0.0005 else tiny(value)
+
+
 def number(value: float, digits: int, *, signed: bool = False) -> str:
     """A rounded number with a true minus sign, and never `-0`."""
     rounded = round(value, digits) + 0.0
@@ -140,6 +153,18 @@ def effect_in_words(metric: str, estimate: Estimate) -> str:
     """A signed effect for a sentence: `\u22122.10 logits [\u22122.48, \u22121.79]`."""
     cell, unit = effect(metric, estimate), unit_of(metric)
     return f"{cell.text}{'' if unit.sign else f' {unit.axis}'} {cell.interval}".rstrip()
+
+
+def noise(metric: str, floor: float) -> str:
+    """A noise floor for a table, in the unit of its metric: `2e\u22126`."""
+    unit = unit_of(metric)
+    return tiny(floor * unit.factor) + unit.sign
+
+
+def noise_in_words(metric: str, floor: float) -> str:
+    """A noise floor for a sentence: `2e\u22126 logits`."""
+    unit = unit_of(metric)
+    return noise(metric, floor) + ("" if unit.sign else f" {unit.axis}")
 
 
 def task_name(task: str) -> str:

@@ -28,7 +28,8 @@ def _located(run: Run) -> Sentence:
     if not circuit.components:
         heads = fmt.count(model.layers * model.heads)
         return sentence(f"No component was chosen for {task}: none of {heads} heads passes.")
-    ids = [part.id for part in circuit.components]
+    chosen = circuit.components[: circuit.size] or circuit.components
+    ids = [part.id for part in chosen]
     first = circuit.components[0]
     size = Phrase(f"{len(ids)} of {_total(run, ids)}", "top")
     effect = Phrase(fmt.effect_in_words(circuit.metric, first.effect), "top")

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from circuitune.errors import UserError
-from circuitune.report import figures, summary
+from circuitune.report import drawing, feeds, figures, summary
 from circuitune.report import format as fmt
 from circuitune.report.measures import Measured
 from circuitune.report.records import Pair, Run
@@ -59,6 +59,8 @@ def page(run: Run, measured: Measured, told: Summary) -> str:
         example=example_pair(run),
         plots={name: _embedded(chart) for name, chart in _charts(run, measured, told).items()},
         steps={step.stage: step for step in told.steps},
+        feeds_caption=feeds.caption(run.circuit.feeds) if run.circuit.feeds else "",
+        noise=_noise(run),
         iterated=any(part.round is not None for part in run.circuit.components),
         mlps=run.effects["component"].str.startswith("mlp.").any(),
         replaced=_ABLATIONS.get(ablation[0], ablation[0]),
@@ -104,8 +106,12 @@ def example_pair(run: Run) -> ExamplePair:
 def _charts(run: Run, measured: Measured, told: Summary) -> dict[str, go.Figure]:
     task, curves = run.circuit.task, measured.knockouts
     charts: dict[str, go.Figure | None] = {
-        "effects": figures.effect_map(run.manifest.model, run.circuit, measured.effects)
+        "effects": figures.effect_map(
+            run.manifest.model, run.circuit, measured.effects, measured.noise
+        )
     }
+    if run.circuit.feeds:
+        charts["feeds"] = drawing.feeds_chart(run.circuit.feeds)
     if curves and told.knockout:
         charts["knockout"] = figures.knockout_chart(curves, task)
     if curves:
@@ -114,6 +120,13 @@ def _charts(run: Run, measured: Measured, told: Summary) -> dict[str, go.Figure]
         variants = [name for name in summary.variant_order(run) if " - " not in name]
         charts["tuning"] = figures.tuning_chart(run.evaluations, variants)
     return {name: chart for name, chart in charts.items() if chart is not None}
+
+
+def _noise(run: Run) -> str:
+    """The noise floor of the circuit's metric in words, empty where it was not measured."""
+    metric = run.circuit.metric
+    floor = run.circuit.noise.get(metric)
+    return "" if floor is None else fmt.noise_in_words(metric, floor)
 
 
 def _embedded(chart: go.Figure) -> Markup:

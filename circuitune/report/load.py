@@ -10,8 +10,13 @@ import pandas as pd
 from circuitune.errors import UserError
 from circuitune.report.fields import COMPONENT, Item, Source
 from circuitune.report.records import (
+    EMBEDDING,
     Circuit,
     Evaluation,
+    FeedEdge,
+    FeedEffect,
+    FeedNode,
+    Feeds,
     Manifest,
     ModelCard,
     Pair,
@@ -28,7 +33,7 @@ from circuitune.report.records import (
 _EFFECT_COLUMNS = ("component", "layer", "example", "metric", "effect")
 _KNOCKOUT_COLUMNS = ("set", "k", "draw", "ablation", "where", "task", "accuracy", "n")
 _KNOCKOUT_EXTRAS = ("low", "high", "logit_diff")
-_NUMERIC = {"layer", "example", "effect", "k", "draw", "accuracy", "n", *_KNOCKOUT_EXTRAS}
+_NUMERIC = {"layer", "example", "effect", "noise", "k", "draw", "accuracy", "n", *_KNOCKOUT_EXTRAS}
 _UNITS = {"accuracy", "low", "high"}
 
 
@@ -63,6 +68,7 @@ def load(run: Path) -> Run:
     circuit = _circuit(files["circuit.json"])
     effects = _effects(files["effects.parquet"])
     named = [part.id for part in circuit.components]
+    named += [node.id for node in circuit.feeds.nodes] if circuit.feeds else []
     _check_inside(files["circuit.json"], named, manifest.model)
     _check_inside(files["effects.parquet"], list(effects["component"].unique()), manifest.model)
     return Run(
@@ -178,6 +184,9 @@ def _circuit(source: Source) -> Circuit:
     components = tuple(_ranked(item) for item in top.children("components"))
     size = top.optional_number("size")
     single = top.child("single_pass") if top.values.get("single_pass") is not None else None
+    noise = top.child("noise") if top.values.get("noise") is not None else None
+    graph = top.child("graph") if top.values.get("graph") is not None else None
+    untold = graph.text("note") if graph and "note" in graph.values else ""
     return Circuit(
         components=components,
         size=len(components) if size is None else int(size),
@@ -187,6 +196,9 @@ def _circuit(source: Source) -> Circuit:
         metric=str(rule.get("metric", "logit_diff")),
         task=top.text("task"),
         single_pass=None if single is None else _single_pass(single),
+        noise={name: noise.number(name) for name in noise.values} if noise else {},
+        feeds=_feeds(graph) if graph and not untold else None,
+        untold=untold,
     )
 
 
@@ -201,6 +213,63 @@ def _single_pass(item: Item) -> SinglePass:
         components=tuple(_ranked(child) for child in item.children("components")),
         key_cut=item.optional_number("key_cut"),
         key_heads=None if heads is None else int(heads),
+    )
+
+
+def _feeds(top: Item) -> Feeds:
+    """Who feeds the key heads."""
+    totals = top.child("totals")
+    contrasts = _names(top, "contrasts")
+    return Feeds(
+        contrasts=contrasts,
+        roles=_names(top, "roles"),
+        totals={name: totals.number(name) for name in contrasts},
+        nodes=tuple(
+            FeedNode(
+                item.component("id"),
+                bool(item.values.get("key")),
+                _names(item, "brings"),
+                _names(item, "passes_on"),
+                {name: _feed_effect(own) for name, own in item.named("effects").items()},
+            )
+            for item in top.children("nodes")
+        ),
+        edges=tuple(_feed_edge(item) for item in top.children("edges")),
+        prompts=top.count("prompts"),
+        given=top.count("given"),
+        groups=top.count("groups"),
+        dropped={name: top.child("dropped").count(name) for name in top.mapping("dropped")},
+        rule=top.text("brings"),
+    )
+
+
+def _names(item: Item, key: str) -> tuple[str, ...]:
+    return tuple(str(name) for name in item.sequence(key))
+
+
+def _feed_effect(item: Item) -> FeedEffect:
+    return FeedEffect(item.estimate("estimate"), item.number("p_adjusted"), item.number("share"))
+
+
+def _feed_edge(item: Item) -> FeedEdge:
+    head, _, kind = item.text("receiver").rpartition(".")
+    sender = item.text("sender")
+    at, then = (item.values.get(key) for key in ("at", "then"))
+    known = COMPONENT.fullmatch(sender) or sender == EMBEDDING
+    if not known or not COMPONENT.fullmatch(head) or kind not in ("q", "k", "v"):
+        raise item.source.fault(
+            f"hold edges from a component or {EMBEDDING} to the q, k or v of a head in {item.name}",
+            f"found '{sender}' to '{item.text('receiver')}'",
+        )
+    return FeedEdge(
+        sender=sender,
+        role=item.text("role"),
+        head=head,
+        kind=kind,
+        contrast=item.text("contrast"),
+        at=None if at is None else str(at),
+        then=None if then is None else str(then),
+        effect=_feed_effect(item),
     )
 
 

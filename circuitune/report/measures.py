@@ -77,10 +77,13 @@ class Measured:
 
     Attributes:
         effects: Metric -> component -> mean effect, signed; see `mean_effects`.
+        noise: Metric -> component -> what rounding alone does to its effect; empty where that
+            was not measured.
         knockouts: The knockout curves, None before `circuitune validate`.
     """
 
     effects: Mapping[str, Mapping[str, Estimate]]
+    noise: Mapping[str, Mapping[str, float]]
     knockouts: Knockouts | None
 
 
@@ -89,6 +92,7 @@ def measure(run: Run) -> Measured:
     table = run.knockout
     return Measured(
         effects=mean_effects(run),
+        noise=noise_floors(run),
         knockouts=None if table is None else knockouts(table, run.circuit.task),
     )
 
@@ -107,6 +111,17 @@ def mean_effects(run: Run) -> Mapping[str, Mapping[str, Estimate]]:
             part.pivot(index="component", columns="example", values="effect"), groups
         )
         for metric, part in run.effects.groupby("metric", sort=False)
+    }
+
+
+def noise_floors(run: Run) -> Mapping[str, Mapping[str, float]]:
+    """What rounding alone does to the effect of each component, per metric, in its unit."""
+    if "noise" not in run.effects.columns:
+        return {}
+    largest = run.effects.groupby(["metric", "component"], sort=False)["noise"].max()
+    return {
+        str(metric): {str(name): float(value) for (_, name), value in own.items()}
+        for metric, own in largest.groupby(level="metric", sort=False)
     }
 
 

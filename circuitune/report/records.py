@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 
+EMBEDDING = "embed"
+"""The sender of an edge that starts at the tokens."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -145,11 +148,93 @@ class SinglePass:
 
 
 @dataclass(frozen=True)
+class FeedEffect:
+    """A mean effect in logits, its p-value after Benjamini and Hochberg, and its share.
+
+    The whole that `share` refers to is what the contrast does to the answer (a node), or the
+    effect of what is fed (an edge).
+    """
+
+    mean: Estimate
+    p_adjusted: float
+    share: float
+
+
+@dataclass(frozen=True)
+class FeedNode:
+    """A component and its direct effect by contrast.
+
+    Attributes:
+        brings: Contrasts that it brings to the answer directly.
+        passes_on: Contrasts that it brings to another head.
+    """
+
+    id: str
+    key: bool
+    brings: tuple[str, ...]
+    passes_on: tuple[str, ...]
+    effects: Mapping[str, FeedEffect]
+
+
+@dataclass(frozen=True)
+class FeedEdge:
+    """What `sender`, at the positions of `role`, brings to an input of a head (`head`.`kind`).
+
+    That head writes at the positions of `at`, to `then`, an input of a key head; both are None
+    where it is a key head itself and writes the answer.
+    """
+
+    sender: str
+    role: str
+    head: str
+    kind: str
+    contrast: str
+    at: str | None
+    then: str | None
+    effect: FeedEffect
+
+    @property
+    def receiver(self) -> str:
+        """The input, as in `20.8.v`."""
+        return f"{self.head}.{self.kind}"
+
+
+@dataclass(frozen=True)
+class Feeds:
+    """The graph, in the order of the file: strongest edges first.
+
+    Attributes:
+        contrasts, roles: their names, in the order of reading.
+        totals: what each contrast does to the answer, in logits.
+        prompts, given, groups: prompts that were used, those there were, groups of operands.
+        dropped: reason to number of prompts that could not be used.
+        rule: when a component is said to bring something.
+    """
+
+    contrasts: tuple[str, ...]
+    roles: tuple[str, ...]
+    totals: Mapping[str, float]
+    nodes: tuple[FeedNode, ...]
+    edges: tuple[FeedEdge, ...]
+    prompts: int
+    given: int
+    groups: int
+    dropped: Mapping[str, int]
+    rule: str
+
+    def node(self, name: str) -> FeedNode | None:
+        """The node of a component."""
+        return next((node for node in self.nodes if node.id == name), None)
+
+
+@dataclass(frozen=True)
 class Circuit:
     """The ranked components, most important first; `rule` is free text by field.
 
     `size` of them, from the top, make the circuit; the rest is ranked for the curves.
     `significance` and `stability` say how sure the first sweep is; empty where not measured.
+    `noise` is what rounding alone does to an effect, by metric; empty where not measured.
+    `feeds` says who feeds the key heads; None where that was not traced, and `untold` why not.
     """
 
     components: tuple[RankedComponent, ...]
@@ -160,6 +245,9 @@ class Circuit:
     metric: str
     task: str
     single_pass: SinglePass | None
+    noise: Mapping[str, float]
+    feeds: Feeds | None
+    untold: str
 
 
 @dataclass(frozen=True)
@@ -206,7 +294,8 @@ class Run:
 
     Attributes:
         path: The directory as the user wrote it.
-        effects: Columns `component`, `layer`, `example`, `metric`, `effect`.
+        effects: Columns `component`, `layer`, `example`, `metric`, `effect`, and where it was
+            measured `noise`, what rounding alone does to the effect.
         knockout: Columns `set`, `k`, `draw`, `ablation`, `where`, `task`, `accuracy`, `n`,
             `low`, `high`, `logit_diff`; the last three may hold NaN.
     """

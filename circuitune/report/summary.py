@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from circuitune.report import feeds
 from circuitune.report import format as fmt
 from circuitune.report.certainty import certainty
 from circuitune.report.format import MISSING, Cell
@@ -12,13 +13,13 @@ from circuitune.report.headline import headline, primary_task
 from circuitune.report.load import stage_command
 from circuitune.report.measures import Knockouts, Measured
 from circuitune.report.records import (
+    Circuit,
     Estimate,
     Evaluation,
     ModelCard,
     Pair,
     Prefix,
     Run,
-    SinglePass,
     TunedVariant,
 )
 from circuitune.report.tables import Row, Sentence, Table, columns, row
@@ -54,6 +55,9 @@ class Summary:
         prefixes: Prompt prefixes that were tried, None where there was no choice.
         certainty: How sure the first sweep is, in sentences; empty where not measured.
         ranking: The chosen components, most important first.
+        brought: Which heads bring what to the answer, a sentence for each contrast.
+        feeding: Components with what they bring, None where that was not traced.
+        edges: Every edge of the graph, None where there is none.
         single_pass: The first components of the paper's ranking, None where it was not made.
         knockout: Accuracy by number of components removed, None before `validate`.
         other_tasks: The same sets on other tasks, None where none were measured.
@@ -70,6 +74,9 @@ class Summary:
     certainty: tuple[str, ...]
     ranking: Table
     single_pass: Table | None
+    brought: tuple[Sentence, ...]
+    feeding: Table | None
+    edges: Table | None
     knockout: Table | None
     other_tasks: Table | None
     tuning: Table | None
@@ -80,6 +87,7 @@ class Summary:
 def build(run: Run, measured: Measured) -> Summary:
     """All tables of `run` and of its averages."""
     circuit, curves = run.circuit, measured.knockouts
+    ranks = [part.id for part in circuit.components]
     return Summary(
         title=f"{fmt.task_name(circuit.task).capitalize()} in {run.manifest.model.id}",
         headline=headline(run, curves),
@@ -87,8 +95,11 @@ def build(run: Run, measured: Measured) -> Summary:
         pairs=_pairs(run),
         prefixes=_prefixes(run),
         certainty=certainty(circuit),
-        ranking=_ranking(run, measured.effects.get(circuit.metric, {})),
-        single_pass=_single_pass(circuit.single_pass),
+        ranking=_ranking(run, measured),
+        single_pass=_single_pass(circuit),
+        brought=feeds.told(circuit),
+        feeding=feeds.nodes_table(circuit.feeds, ranks) if circuit.feeds else None,
+        edges=feeds.edges_table(circuit.feeds) if circuit.feeds else None,
         knockout=None if curves is None else _knockout(curves, circuit.task),
         other_tasks=None if curves is None else _other_tasks(curves, circuit.task),
         tuning=_tuning(run),
@@ -178,22 +189,26 @@ def _with_interval(prefix: Prefix) -> Estimate:
     return Estimate(rate.value, wilson.low, wilson.high)
 
 
-def _ranking(run: Run, first_sweep: Mapping[str, Estimate]) -> Table:
+def _ranking(run: Run, measured: Measured) -> Table:
     circuit = run.circuit
+    first_sweep = measured.effects.get(circuit.metric, {})
+    floors = measured.noise.get(circuit.metric, {})
     rows = []
     for rank, part in enumerate(circuit.components[:_RANKS_SHOWN], start=1):
-        alone = first_sweep.get(part.id)
-        rows.append(
-            row(
-                str(rank),
-                part.id,
-                MISSING if part.round is None else str(part.round),
-                fmt.effect(circuit.metric, part.effect),
-                fmt.effect(circuit.metric, alone) if alone else MISSING,
-            )
-        )
-    labels = ("Rank", "Component", "Round", "Effect when chosen", "In the first sweep")
-    note = _unit_note(circuit.metric)
+        alone, floor = first_sweep.get(part.id), floors.get(part.id)
+        cells = [
+            str(rank),
+            part.id,
+            MISSING if part.round is None else str(part.round),
+            fmt.effect(circuit.metric, part.effect),
+            fmt.effect(circuit.metric, alone) if alone else MISSING,
+        ]
+        if floors:
+            cells.append(MISSING if floor is None else fmt.noise(circuit.metric, floor))
+        rows.append(row(*cells))
+    labels = ["Rank", "Component", "Round", "Effect when chosen", "In the first sweep"]
+    labels += ["Noise floor"] if floors else []
+    note = _unit_note(circuit, circuit.metric)
     if any(part.round is not None for part in circuit.components):
         note += (
             " Stronger when chosen than in the first sweep: a backup of what was removed before."
@@ -202,14 +217,15 @@ def _ranking(run: Run, first_sweep: Mapping[str, Estimate]) -> Table:
     return Table("Circuit", columns(*labels, code=["Component"]), tuple(rows), note)
 
 
-def _single_pass(ranking: SinglePass | None) -> Table | None:
+def _single_pass(circuit: Circuit) -> Table | None:
+    ranking = circuit.single_pass
     if ranking is None:
         return None
     rows = [
         row(str(rank), part.id, fmt.effect(ranking.metric, part.effect))
         for rank, part in enumerate(ranking.components[:_RANKS_SHOWN], start=1)
     ]
-    note = _unit_note(ranking.metric)
+    note = _unit_note(circuit, ranking.metric)
     if ranking.key_cut is not None and ranking.key_heads is not None:
         cut = fmt.number(ranking.key_cut * 100, 0)
         note += f" Below the cut of {cut} %: {ranking.key_heads} heads."
@@ -218,9 +234,10 @@ def _single_pass(ranking: SinglePass | None) -> Table | None:
     return Table("Single-pass ranking", heads, tuple(rows), note)
 
 
-def _unit_note(metric: str) -> str:
-    unit = fmt.unit_of(metric)
-    return f"Effects: {unit.name}, {unit.axis}."
+def _unit_note(circuit: Circuit, metric: str) -> str:
+    unit, floor = fmt.unit_of(metric), circuit.noise.get(metric)
+    noise = "" if floor is None else f"; noise floor {fmt.noise(metric, floor)}"
+    return f"Effects: {unit.name}, {unit.axis}{noise}."
 
 
 def _cut_note(count: int) -> str:

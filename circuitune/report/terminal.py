@@ -27,6 +27,8 @@ def render(summary: Summary) -> RenderableType:
     tuning = summary.tuning and summary.tuning.transposed()
     for line in summary.certainty:
         parts += [Text(line, style="dim"), Text()]
+    for line in summary.brought:
+        parts += [_sentence(line), Text()]
     for table in (*located, summary.knockout, summary.other_tasks, tuning):
         if table is not None:
             parts += [_FittedTable(table), Text()]

@@ -1,0 +1,254 @@
+"""Prompts, their keys and values before END computed once, whatever they share only once.
+
+END is the last position; everything that is measured passes there, and every run of END (clean,
+each knockout, each round of a selection) reuses the keys and values of the tokens before it. The
+tokens that all prompts begin with (examples shown in front) run once for all, and the tokens that
+a clean prompt shares with its corrupt one run once for both.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from circuitune.memory import most_tokens
+from circuitune.models import Model
+from circuitune.sites import begin, march
+
+# Bounds on what runs together; the second keeps activations of long prompts small.
+PROMPTS_PER_BATCH = 64
+TOKENS_PER_BATCH = 8192
+# Fewer shared tokens than this are not worth a forward pass of their own.
+LEAST_SHARED = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that run together, padded on the left so that END is the last position of all.
+
+    Attributes:
+        places: where the prompts stand in the caller's list.
+        cache: keys and values of all positions but END.
+        last: the last token of each prompt.
+        inputs: attention mask and position ids for END; empty when nothing is padded.
+    """
+
+    places: list[int]
+    cache: DynamicCache
+    last: Int[Tensor, "example 1"]
+    inputs: dict[str, Tensor]
+
+    @property
+    def at_end(self) -> dict[str, Any]:
+        """Arguments of the trunk that run END."""
+        return {"input_ids": self.last, "past_key_values": self.cache, **self.inputs}
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Put the cache back on leaving, since a forward pass extends it."""
+        kept = [(layer.keys, layer.values) for layer in self.cache.layers]
+        try:
+            yield
+        finally:
+            del self.cache.layers[len(kept) :]
+            for layer, (keys, values) in zip(self.cache.layers, kept, strict=True):
+                layer.keys, layer.values = keys, values
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Tokenised prompts whose keys and values before END are computed (see `prefill`)."""
+
+    batches: tuple[Batch, ...]
+    count: int
+
+    def beside(self, other: "Prompts") -> "Prompts":
+        """Both lists as one, the other's prompts counted after these."""
+        moved = [
+            Batch([place + self.count for place in item.places], item.cache, item.last, item.inputs)
+            for item in other.batches
+        ]
+        return Prompts((*self.batches, *moved), self.count + other.count)
+
+
+def prefill(model: Model, prompts: Sequence[Sequence[int]]) -> Prompts:
+    """Compute keys and values of all tokens but the last, prompts of similar length together.
+
+    Results do not depend on the order or the batching of the prompts beyond float rounding.
+    """
+    return _prefill(model, [prompts])[0]
+
+
+def prefill_pairs(
+    model: Model, clean: Sequence[Sequence[int]], corrupt: Sequence[Sequence[int]]
+) -> tuple[Prompts, Prompts]:
+    """`prefill` of clean and corrupt prompts; what a pair shares before they differ runs once.
+
+    Args:
+        model: the model.
+        clean: token ids of the clean prompts.
+        corrupt: token ids of their counterparts, in the same order.
+    """
+    clean_prompts, corrupt_prompts = _prefill(model, [clean, corrupt])
+    return clean_prompts, corrupt_prompts
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Prompts at the same places of one or two lists, as they run.
+
+    Attributes:
+        places: where they stand in their lists.
+        start: how many tokens before the first column all prompts of all lists share.
+        tokens, mask: per list, columns after these tokens, padded on the left.
+    """
+
+    places: list[int]
+    start: int
+    tokens: list[Int[Tensor, "batch token"]]
+    mask: list[Int[Tensor, "batch token"]]
+
+    @property
+    def shared(self) -> int:
+        """How many leading columns, END left out, are the same in all lists; 0 if too few."""
+        (tokens, *others), (mask, *masks) = self.tokens, self.mask
+        same = torch.ones(tokens.shape[1] - 1, dtype=torch.bool, device=tokens.device)
+        for other, other_mask in zip(others, masks, strict=True):
+            equal = (tokens == other).all(dim=0) & (mask == other_mask).all(dim=0)
+            same &= equal[:-1]
+        count = int(same.cumprod(dim=0).sum())
+        return count if count >= LEAST_SHARED and others else 0
+
+    def inputs(self, which: int, begin: int, end: int) -> dict[str, Any]:
+        """Arguments of the trunk for some columns of one list, but for the cache."""
+        tokens, mask = self.tokens[which][:, begin:end], self.mask[which]
+        if bool(mask.all()):
+            return {"input_ids": tokens}
+        whole = torch.cat([mask.new_ones(len(mask), self.start), mask], dim=1)
+        positions = (whole.cumsum(dim=1) - 1).clamp(min=0)
+        columns = slice(self.start + begin, self.start + end)
+        return {
+            "input_ids": tokens,
+            "attention_mask": whole[:, : self.start + end],
+            "position_ids": positions[:, columns],
+        }
+
+
+@torch.no_grad()
+def _prefill(model: Model, lists: Sequence[Sequence[Sequence[int]]]) -> list[Prompts]:
+    """`prefill` of lists of as many prompts each, places of one block running side by side."""
+    lists = [[list(prompt) for prompt in prompts] for prompts in lists]
+    start = _common_start(model, [prompt for prompts in lists for prompt in prompts])
+    lengths = [max(len(prompts[i]) for prompts in lists) - start for i in range(len(lists[0]))]
+    tokens = most_tokens(model, TOKENS_PER_BATCH)
+    groups = similar_lengths(lengths, PROMPTS_PER_BATCH, tokens=tokens)
+    blocks = [_block(model, lists, places, start) for places in groups]
+    root = DynamicCache()
+    if start:
+        first = torch.tensor([lists[0][0][:start]], device=model.device)
+        _run(model, [({"input_ids": first}, root)])
+    heads = [_repeated(root, len(block.places)) for block in blocks]
+    _run(
+        model,
+        [
+            (block.inputs(0, 0, block.shared), cache)
+            for block, cache in zip(blocks, heads, strict=True)
+            if block.shared
+        ],
+    )
+    caches = [[*(_repeated(cache, 1) for _ in lists[1:]), cache] for cache in heads]
+    tails = [
+        (block.inputs(which, block.shared, block.tokens[which].shape[1] - 1), cache)
+        for block, pair in zip(blocks, caches, strict=True)
+        for which, cache in enumerate(pair)
+        if block.tokens[which].shape[1] - 1 > block.shared
+    ]
+    _run(model, tails)
+    found = []
+    for which, prompts in enumerate(lists):
+        batches = []
+        for block, pair in zip(blocks, caches, strict=True):
+            end = block.tokens[which].shape[1]
+            inputs = block.inputs(which, end - 1, end)
+            batches.append(Batch(block.places, pair[which], inputs.pop("input_ids"), inputs))
+        found.append(Prompts(tuple(batches), len(prompts)))
+    return found
+
+
+def _run(model: Model, passes: Sequence[tuple[dict[str, Any], DynamicCache]]) -> None:
+    """Fill caches: layer by layer over all passes if weights are offloaded, else one by one."""
+    together = [passes] if model.offloaded else [[item] for item in passes]
+    for some in together if passes else ():
+        march(
+            model,
+            [begin(model, **inputs, past_key_values=c, use_cache=True) for inputs, c in some],
+        )
+
+
+def _block(
+    model: Model, lists: Sequence[Sequence[Sequence[int]]], places: list[int], start: int
+) -> _Block:
+    rest = [[prompts[place][start:] for place in places] for prompts in lists]
+    width = max(len(row) for rows in rest for row in rows)
+    padded = [pad_left(rows, width) for rows in rest]
+    tokens, mask = ([pair[side].to(model.device) for pair in padded] for side in (0, 1))
+    return _Block(places, start, tokens, mask)
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], width: int | None = None
+) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token"]]:
+    """Token ids padded on the left with zeros (to the longest by default), and the mask."""
+    width = width or max(len(row) for row in rows)
+    tokens = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return tokens, mask
+
+
+def _common_start(model: Model, prompts: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all prompts share, END left out; 0 if it is not worth it.
+
+    Padding then stands behind these tokens and before the rest. A sliding window counts columns,
+    padding included, so a prompt that is longer than its window shares nothing.
+    """
+    if len(prompts) < 2:
+        return 0
+    longest = max(map(len, prompts))
+    window = getattr(model.hf.config.get_text_config(), "sliding_window", None)
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    count = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return count if count >= LEAST_SHARED and not (window and longest > window) else 0
+
+
+def similar_lengths(
+    lengths: Sequence[int], most: int, *, tokens: int | None = None
+) -> list[list[int]]:
+    """Places of at most ``most`` items, sorted by length, none over twice as long as another.
+
+    With ``tokens``, a group of several has at most so many tokens, padding included.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
+    groups: list[list[int]] = []
+    for place in order:
+        length = lengths[place]
+        room = most if tokens is None else min(most, tokens // max(1, length))
+        if groups and len(groups[-1]) < room and length <= 2 * lengths[groups[-1][0]]:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def _repeated(cache: DynamicCache, rows: int) -> DynamicCache:
+    """A copy of a cache with every row ``rows`` times; sliding windows are in the masks alone."""
+    copy = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        keys, values = (part.repeat(rows, 1, 1, 1) for part in (layer.keys, layer.values))
+        copy.update(keys, values, index)
+    return copy

@@ -63,7 +63,7 @@ def states_of(model: Model, task: Encoded, laps: Laps) -> tuple[EndStates, EndSt
     with laps.lap("prefill"):
         prompts = prefill_pairs(model, task.clean, task.corrupt)
     with laps.lap("end"):
-        return pair_states(model, *prompts)
+        return pair_states(model, prompts)
 
 
 def ours(model: Model, task: Encoded) -> Own:

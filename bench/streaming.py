@@ -45,7 +45,7 @@ check_fits(model, [len(tokens) for tokens in clean])
 for parameter in model.hf.parameters():
     parameter.is_meta or parameter.sum()  # in memory for good, also where it was mapped
 started = time.perf_counter()
-states = pair_states(model, *prefill_pairs(model, clean, corrupt))
+states = pair_states(model, prefill_pairs(model, clean, corrupt))
 digits = [ord(digit) for digit in "0123456789"]
 answers = np.array([a + b for a, b in sums])
 effects = direct_effects(model, *states, candidates=digits, answers=answers).effect()

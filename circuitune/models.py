@@ -39,7 +39,7 @@ from circuitune.checkpoints import folder_of, resolve
 from circuitune.config import parse_size
 from circuitune.errors import UserError
 from circuitune.families import FAMILIES, LAYER_TYPES, REQUIRED, UNDERSTOOD, USUAL, Family
-from circuitune.weights import Shards, Unallocated, offload
+from circuitune.weights import Shards, Unallocated, keep_freed_memory, offload
 
 # Weights stay in memory if they leave at least this share of the bound to everything else.
 SHARE_FOR_WEIGHTS = 0.6
@@ -149,6 +149,7 @@ def wrap(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str = 
     if family.proven:
         check_explained(config, _code_of(hf), source)
     hf.eval().requires_grad_(False)
+    keep_freed_memory()
     return Model(
         hf=hf, tokenizer=tokenizer, family=family, source=source, **_sizes(hf, family, source)
     )

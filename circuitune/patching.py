@@ -21,6 +21,7 @@ path; Zhang et al. 2024, section 3); checked in ``tests/test_patching.py`` again
 ``tests/reference/slow_effects.py`` and on any model by `circuitune check`.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -135,10 +136,10 @@ def end_states(
     return EndStates(z, attention, mlp, entry, finish(model, torch.cat(states)[order]), trace.calls)
 
 
-def pair_states(model: Model, clean: Prompts, corrupt: Prompts) -> tuple[EndStates, EndStates]:
-    """`end_states` of clean and corrupt prompts, in one pass over the layers."""
-    both = end_states(model, clean.beside(corrupt))
-    return both.of(slice(clean.count)), both.of(slice(clean.count, None))
+def pair_states(model: Model, prompts: Prompts) -> tuple[EndStates, EndStates]:
+    """`end_states` of the clean and the corrupt prompts of `circuitune.prompts.prefill_pairs`."""
+    both, half = end_states(model, prompts), prompts.count // 2
+    return both.of(slice(half)), both.of(slice(half, None))
 
 
 def finish(model: Model, state: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch width"]:
@@ -319,9 +320,10 @@ def _start(part: Component) -> tuple[int, int]:
     return (part.layer, 0 if isinstance(part, Head) else 1)
 
 
-def _chunks(state: Float[Tensor, "sender example d_model"]) -> Iterable[Tensor]:
-    size = max(1, REPLAY_ROWS // state.shape[1])
-    return (state[start : start + size] for start in range(0, state.shape[0], size))
+def _chunks(state: Float[Tensor, "sender example d_model"]) -> Sequence[Tensor]:
+    """Pieces of nearly equal size; a small rest would run at a fraction of the speed."""
+    most = max(1, REPLAY_ROWS // state.shape[1])
+    return state.tensor_split(max(1, math.ceil(len(state) / most)))
 
 
 def replay(

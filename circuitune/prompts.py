@@ -68,13 +68,19 @@ class Prompts:
     batches: tuple[Batch, ...]
     count: int
 
-    def beside(self, other: "Prompts") -> "Prompts":
-        """Both lists as one, the other's prompts counted after these."""
-        moved = [
-            Batch([place + self.count for place in item.places], item.cache, item.last, item.inputs)
-            for item in other.batches
-        ]
-        return Prompts((*self.batches, *moved), self.count + other.count)
+    def first(self, count: int) -> "Prompts":
+        """The prompts before a place of the list, without the others' keys and values."""
+        batches = []
+        for batch in self.batches:
+            rows = [row for row, place in enumerate(batch.places) if place < count]
+            if rows:
+                cache = DynamicCache()
+                for index, layer in enumerate(batch.cache.layers):
+                    cache.update(layer.keys[rows], layer.values[rows], index)
+                inputs = {name: values[rows] for name, values in batch.inputs.items()}
+                places = [batch.places[row] for row in rows]
+                batches.append(Batch(places, cache, batch.last[rows], inputs))
+        return Prompts(tuple(batches), count)
 
 
 def prefill(model: Model, prompts: Sequence[Sequence[int]]) -> Prompts:
@@ -82,103 +88,98 @@ def prefill(model: Model, prompts: Sequence[Sequence[int]]) -> Prompts:
 
     Results do not depend on the order or the batching of the prompts beyond float rounding.
     """
-    return _prefill(model, [prompts])[0]
+    return _prefill(model, [prompts])
 
 
 def prefill_pairs(
     model: Model, clean: Sequence[Sequence[int]], corrupt: Sequence[Sequence[int]]
-) -> tuple[Prompts, Prompts]:
+) -> Prompts:
     """`prefill` of clean and corrupt prompts; what a pair shares before they differ runs once.
 
     Args:
         model: the model.
         clean: token ids of the clean prompts.
         corrupt: token ids of their counterparts, in the same order.
+
+    Returns:
+        all of them, the clean prompts first.
     """
-    clean_prompts, corrupt_prompts = _prefill(model, [clean, corrupt])
-    return clean_prompts, corrupt_prompts
+    return _prefill(model, [clean, corrupt])
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Prompts at the same places of one or two lists, as they run.
+    """Prompts at the same places of one or two lists, as they run, one list below the other.
 
     Attributes:
         places: where they stand in their lists.
-        start: how many tokens before the first column all prompts of all lists share.
-        tokens, mask: per list, columns after these tokens, padded on the left.
+        lists: how many lists.
+        start: how many tokens before the first column all prompts share.
+        tokens, mask: columns after these tokens, padded on the left.
     """
 
     places: list[int]
+    lists: int
     start: int
-    tokens: list[Int[Tensor, "batch token"]]
-    mask: list[Int[Tensor, "batch token"]]
+    tokens: Int[Tensor, "batch token"]
+    mask: Int[Tensor, "batch token"]
+
+    @property
+    def last(self) -> int:
+        """The column of END."""
+        return self.tokens.shape[1] - 1
 
     @property
     def shared(self) -> int:
-        """How many leading columns, END left out, are the same in all lists; 0 if too few."""
-        (tokens, *others), (mask, *masks) = self.tokens, self.mask
-        same = torch.ones(tokens.shape[1] - 1, dtype=torch.bool, device=tokens.device)
-        for other, other_mask in zip(others, masks, strict=True):
-            equal = (tokens == other).all(dim=0) & (mask == other_mask).all(dim=0)
-            same &= equal[:-1]
+        """How many leading columns before END are the same in all lists; 0 if too few."""
+        if self.lists == 1:
+            return 0
+        one, *others = zip(self.tokens.chunk(self.lists), self.mask.chunk(self.lists), strict=True)
+        same = torch.ones(self.last, dtype=torch.bool, device=self.tokens.device)
+        for values, other in ((v, o) for rest in others for v, o in zip(one, rest, strict=True)):
+            same &= (values == other).all(dim=0)[: self.last]
         count = int(same.cumprod(dim=0).sum())
-        return count if count >= LEAST_SHARED and others else 0
+        return count if count >= LEAST_SHARED else 0
 
-    def inputs(self, which: int, begin: int, end: int) -> dict[str, Any]:
-        """Arguments of the trunk for some columns of one list, but for the cache."""
-        tokens, mask = self.tokens[which][:, begin:end], self.mask[which]
-        if bool(mask.all()):
+    def inputs(self, begin: int, end: int, rows: int | None = None) -> dict[str, Any]:
+        """Arguments of the trunk for some columns of the first rows, but for the cache."""
+        tokens, mask = self.tokens[:rows, begin:end], self.mask[:rows]
+        if bool(self.mask.all()):
             return {"input_ids": tokens}
         whole = torch.cat([mask.new_ones(len(mask), self.start), mask], dim=1)
         positions = (whole.cumsum(dim=1) - 1).clamp(min=0)
-        columns = slice(self.start + begin, self.start + end)
         return {
             "input_ids": tokens,
             "attention_mask": whole[:, : self.start + end],
-            "position_ids": positions[:, columns],
+            "position_ids": positions[:, self.start + begin : self.start + end],
         }
 
 
 @torch.no_grad()
-def _prefill(model: Model, lists: Sequence[Sequence[Sequence[int]]]) -> list[Prompts]:
-    """`prefill` of lists of as many prompts each, places of one block running side by side."""
-    lists = [[list(prompt) for prompt in prompts] for prompts in lists]
+def _prefill(model: Model, lists: Sequence[Sequence[Sequence[int]]]) -> Prompts:
+    """`prefill` of lists of as many prompts each, what is at one place of each side by side."""
     start = _common_start(model, [prompt for prompts in lists for prompt in prompts])
-    lengths = [max(len(prompts[i]) for prompts in lists) - start for i in range(len(lists[0]))]
-    tokens = most_tokens(model, TOKENS_PER_BATCH)
+    count = len(lists[0])
+    lengths = [max(len(prompts[i]) for prompts in lists) - start for i in range(count)]
+    tokens = most_tokens(model, TOKENS_PER_BATCH) // len(lists)
     groups = similar_lengths(lengths, PROMPTS_PER_BATCH, tokens=tokens)
     blocks = [_block(model, lists, places, start) for places in groups]
     root = DynamicCache()
     if start:
-        first = torch.tensor([lists[0][0][:start]], device=model.device)
+        first = torch.tensor([list(lists[0][0][:start])], device=model.device)
         _run(model, [({"input_ids": first}, root)])
     heads = [_repeated(root, len(block.places)) for block in blocks]
-    _run(
-        model,
-        [
-            (block.inputs(0, 0, block.shared), cache)
-            for block, cache in zip(blocks, heads, strict=True)
-            if block.shared
-        ],
-    )
-    caches = [[*(_repeated(cache, 1) for _ in lists[1:]), cache] for cache in heads]
-    tails = [
-        (block.inputs(which, block.shared, block.tokens[which].shape[1] - 1), cache)
-        for block, pair in zip(blocks, caches, strict=True)
-        for which, cache in enumerate(pair)
-        if block.tokens[which].shape[1] - 1 > block.shared
-    ]
-    _run(model, tails)
-    found = []
-    for which, prompts in enumerate(lists):
-        batches = []
-        for block, pair in zip(blocks, caches, strict=True):
-            end = block.tokens[which].shape[1]
-            inputs = block.inputs(which, end - 1, end)
-            batches.append(Batch(block.places, pair[which], inputs.pop("input_ids"), inputs))
-        found.append(Prompts(tuple(batches), len(prompts)))
-    return found
+    both = list(zip(blocks, heads, strict=True))
+    _run(model, [(b.inputs(0, b.shared, len(b.places)), cache) for b, cache in both if b.shared])
+    caches = [_repeated(cache, len(lists)) for cache in heads]
+    both = list(zip(blocks, caches, strict=True))
+    _run(model, [(b.inputs(b.shared, b.last), cache) for b, cache in both if b.last > b.shared])
+    batches = []
+    for block, cache in both:
+        inputs = block.inputs(block.last, block.last + 1)
+        places = [place + count * number for number in range(len(lists)) for place in block.places]
+        batches.append(Batch(places, cache, inputs.pop("input_ids"), inputs))
+    return Prompts(tuple(batches), count * len(lists))
 
 
 def _run(model: Model, passes: Sequence[tuple[dict[str, Any], DynamicCache]]) -> None:
@@ -194,18 +195,16 @@ def _run(model: Model, passes: Sequence[tuple[dict[str, Any], DynamicCache]]) ->
 def _block(
     model: Model, lists: Sequence[Sequence[Sequence[int]]], places: list[int], start: int
 ) -> _Block:
-    rest = [[prompts[place][start:] for place in places] for prompts in lists]
-    width = max(len(row) for rows in rest for row in rows)
-    padded = [pad_left(rows, width) for rows in rest]
-    tokens, mask = ([pair[side].to(model.device) for pair in padded] for side in (0, 1))
-    return _Block(places, start, tokens, mask)
+    rows = [prompts[place][start:] for prompts in lists for place in places]
+    tokens, mask = (part.to(model.device) for part in pad_left(rows))
+    return _Block(places, len(lists), start, tokens, mask)
 
 
 def pad_left(
-    rows: Sequence[Sequence[int]], width: int | None = None
+    rows: Sequence[Sequence[int]],
 ) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token"]]:
-    """Token ids padded on the left with zeros (to the longest by default), and the mask."""
-    width = width or max(len(row) for row in rows)
+    """Token ids padded on the left with zeros, and the attention mask."""
+    width = max(len(row) for row in rows)
     tokens = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return tokens, mask

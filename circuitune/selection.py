@@ -75,9 +75,8 @@ def select(
         and how many of them make the circuit.
 
     Raises:
-        UserError: no such rule, options that do not fit it, or no head passes the paper's cut.
+        UserError: no head passes the paper's cut.
     """
-    _check(config, task)
     if config.rule == "iterated":
         found, record = iterated_selection(model, task, config, rng)
         return found, record, flat_from(record["curve"])
@@ -92,7 +91,12 @@ def select(
     return found, record, flat_from(record["curve"])
 
 
-def _check(config: LocateConfig, task: Task) -> None:
+def check_rule(config: LocateConfig, processes: int = 1) -> None:
+    """Refuse options that do not fit each other, before anything is measured.
+
+    Raises:
+        UserError: no such rule, or a way to speed it up that it does not have.
+    """
     if config.rule not in RULES:
         raise UserError(
             f"--rule must be {', '.join(RULES)}, found {config.rule!r}; correct the name."
@@ -102,10 +106,10 @@ def _check(config: LocateConfig, task: Task) -> None:
             f"--race must be a confidence below 1 (0 turns it off), found {config.race}; try 0.95."
         )
     fast = [name for name in ("race", "screen") if getattr(config, name)]
-    if fast and (config.rule != "iterated" or len(fast) > 1 or task.share.world > 1):
+    if fast and (config.rule != "iterated" or len(fast) > 1 or processes > 1):
         raise UserError(
             f"--{fast[0]} speeds up the rounds of --rule iterated, alone and in one process, found "
-            f"--rule {config.rule}, {' and '.join(fast)}, {task.share.world} process(es); leave "
+            f"--rule {config.rule}, {' and '.join(fast)}, {processes} process(es); leave "
             "one out."
         )
 

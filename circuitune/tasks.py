@@ -88,8 +88,9 @@ def prepare(
             f"Each process needs at least one pair, {share.world} processes share {len(pairs)}; "
             "start fewer processes or give more pairs."
         )
-    prompts, others = prefill_pairs(model, share.of(encoded.clean), share.of(encoded.corrupt))
-    clean, corrupt = pair_states(model, prompts, others)
+    both = prefill_pairs(model, share.of(encoded.clean), share.of(encoded.corrupt))
+    clean, corrupt = pair_states(model, both)
+    prompts = both.first(both.count // 2)
     return Task(encoded, share, prompts, clean, corrupt, averaged(corrupt, share))
 
 

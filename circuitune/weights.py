@@ -37,6 +37,15 @@ TYPES = {
 }
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed activations for the next layer.
+
+    glibc gives freed blocks back to the system until it has seen one of their size freed (up to
+    32 MiB); until then each layer pays for fresh pages, up to a tenth of a sweep.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed on the spot
+
+
 class Unallocated(TorchFunctionMode):
     """Inside, ``torch.empty`` takes no memory: modules make their weights with it, not buffers.
 

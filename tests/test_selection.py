@@ -12,7 +12,14 @@ from circuitune.effects import EffectTable
 from circuitune.errors import UserError
 from circuitune.models import Model
 from circuitune.pairs import Pair
-from circuitune.selection import _sizes, flat_from, race_heads, screened, select
+from circuitune.selection import (
+    _sizes,
+    check_rule,
+    flat_from,
+    race_heads,
+    screened,
+    select,
+)
 from circuitune.tasks import Task, prepare, survivors, sweep
 
 CONFIG = LocateConfig(most=6, draws=100)
@@ -134,11 +141,14 @@ def test_a_raced_selection_is_the_exact_one(model: Model, task: Task) -> None:
         ({"rule": "single", "screen": 5}, "--screen speeds up the rounds of --rule iterated"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(
-    model: Model, task: Task, options: dict, says: str
-) -> None:
+def test_options_that_do_not_fit_are_refused(options: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        chosen(model, task, replace(CONFIG, **options))
+        check_rule(replace(CONFIG, **options))
+
+
+def test_a_race_runs_in_one_process() -> None:
+    with pytest.raises(UserError, match="2 process"):
+        check_rule(replace(CONFIG, race=0.9), processes=2)
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 13, 60, 200])

@@ -24,7 +24,7 @@ FAMILIES = ["llama", "gemma3_text", "gpt2", "gpt_neox", "opt", "olmo2"]
 def effects(model: Model) -> np.ndarray:
     """Effects of all components on a few ragged pairs."""
     clean, corrupt = prompts(5, seed=1), prompts(5, seed=2)
-    states = pair_states(model, *prefill_pairs(model, clean, corrupt))
+    states = pair_states(model, prefill_pairs(model, clean, corrupt))
     answers = np.arange(5) % len(CANDIDATES)
     return direct_effects(model, *states, candidates=CANDIDATES, answers=answers).effect()
 

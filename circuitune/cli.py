@@ -34,6 +34,7 @@ IMPLEMENTATION: dict[str, tuple[str, type]] = {
     "pairs": ("circuitune.pairs:collect", configs.PairsConfig),
     "locate": ("circuitune.locate:locate", configs.LocateConfig),
     "validate": ("circuitune.validate:validate", configs.ValidateConfig),
+    "explain": ("circuitune.explain:explain", configs.ExplainConfig),
     "tune": ("circuitune.tune:tune", configs.TuneConfig),
     "evaluate": ("circuitune.evaluate:evaluate", configs.EvaluateConfig),
 }
@@ -78,7 +79,7 @@ class LoadedModel:
             own = {"device": ranks.device(self.options["device"])}
             model = models.load(self.name, **self.options | own)
             if not model.family.proven:
-                say(f"unknown architecture: {importlib.import_module(SELFTEST).prove(model)}")
+                say(f"self-test passed: {importlib.import_module(SELFTEST).prove(model)}")
             self._model = model
         return self._model
 
@@ -272,7 +273,7 @@ def check(
 
 
 @app.command("run")
-@with_options("pairs", "locate", "validate", "tune", "evaluate")
+@with_options("pairs", "locate", "validate", "explain", "tune", "evaluate")
 def run_all(
     model: ModelName,
     out: Out,
@@ -282,7 +283,7 @@ def run_all(
     dtype: Dtype = "float32",
     max_memory: MaxMemory = None,
 ) -> None:
-    """Everything in order: pairs, locate, validate, tune, evaluate, report."""
+    """Everything in order: pairs, locate, validate, explain, tune, evaluate, report."""
     names = tuple(IMPLEMENTATION)
     options = stage_options(values | {"config": config}, *names)
     load = {"device": device, "dtype": dtype, "max_memory": max_memory}
@@ -317,6 +318,14 @@ def validate_command(run: RunFolder, values: dict[str, Any], config: ConfigFile 
     """Knock out the chosen heads on the held-out half, next to random heads."""
     (options,) = stage_options(values | {"config": config}, "validate")
     run_stage("validate", run, options, _open(run))
+
+
+@app.command("explain")
+@with_options("explain")
+def explain_command(run: RunFolder, values: dict[str, Any], config: ConfigFile = None) -> None:
+    """What the chosen heads look at and write, and what the MLPs make of it."""
+    (options,) = stage_options(values | {"config": config}, "explain")
+    run_stage("explain", run, options, _open(run))
 
 
 @app.command("tune")

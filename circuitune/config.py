@@ -66,10 +66,34 @@ class LocateConfig:
 class ValidateConfig:
     """Knock out the top k heads, and random heads as a control, on the held-out half."""
 
-    sizes: tuple[int, ...] = option((1, 2, 3, 5, 8, 13), "Numbers of heads to knock out.", least=1)
+    sizes: tuple[int, ...] = option(
+        (1, 2, 3, 5, 8, 13), "Numbers of heads to knock out; the circuit's own is added.", least=1
+    )
     controls: int = option(
         10, "Random sets per size, of each kind (layer-matched, anywhere).", least=0
     )
+    ablations: tuple[str, ...] = option(
+        ("mean", "zero", "resample"),
+        "Ablations at the circuit's own size; all sizes have the mean at END.",
+    )
+    where: tuple[str, ...] = option(
+        ("end", "all"), "Where these ablate: at END, at all positions (slower), or both."
+    )
+    control_tasks: bool = option(
+        True, "Also copying and capitals: spared by the circuit, with circuits of their own."
+    )
+    seed: int = option(0, "Seed of every random choice.", least=0)
+
+
+@dataclass(frozen=True)
+class ExplainConfig:
+    """Tell what the key heads and MLPs do: attention, logit lens, neurons, on the held-out half."""
+
+    prompts: int = option(48, "Most pairs of the held-out half that are looked at.", least=8)
+    top: int = option(8, "Tokens that are listed for a head or a neuron.", least=1)
+    mlps: int = option(3, "Strongest MLPs whose neurons are measured; 0 is none.", least=0)
+    neurons: int = option(20, "Neurons that are measured in each of these MLPs.", least=1)
+    draws: int = option(2000, "Bootstrap draws behind each interval.", least=100)
     seed: int = option(0, "Seed of every random choice.", least=0)
 
 

@@ -37,8 +37,8 @@ class Family:
             heads; by default ``key`` and its siblings. A norm over all heads belongs to them.
         norm_before_attention: path from a layer to a norm that feeds the attention *alone*, or
             None. With the attention substituted its result is not needed.
-        proven: whether the record is known to fit; one found by structure alone is not, and
-            `circuitune.selftest.prove` decides.
+        proven: whether the record is known to fit; one found by structure alone is not, nor that of
+            a quantised model, and `circuitune.selftest.prove` decides.
     """
 
     name: str
@@ -162,6 +162,7 @@ UNDERSTOOD: dict[str, tuple[str, ...]] = {
         *("max_position_embeddings", "n_positions", "n_ctx", "word_embed_proj_dim"),
         *("moe_intermediate_size", "num_local_experts", "num_experts", "num_experts_per_tok"),
     ),
+    "the layers' own code dequantises": ("quantization_config",),
     "positions and masks are made by the model's own code": (
         *("rope_parameters", "rope_theta", "rope_scaling", "original_max_position_embeddings"),
         *("rotary_dim", "no_rope_layers", "no_rope_layer_interval", "alibi", "layer_types"),
@@ -205,7 +206,6 @@ REQUIRED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_bidirectional_attention": ((False,), "earlier tokens attend to END"),
     "is_causal": ((True,), "earlier tokens attend to END"),
     "num_kv_shared_layers": ((0,), "layers read the keys and values of other layers"),
-    "quantization_config": ((), "its weights are not plain numbers"),
     "is_heterogeneous": ((False,), "its layers differ in size"),
     "return_dict": ((True,), "its outputs have no names"),
 }

@@ -85,6 +85,11 @@ class Model:
         return self.hf.dtype
 
     @property
+    def quantised(self) -> bool:
+        """Whether weights are stored in fewer bits than they are computed with."""
+        return bool(getattr(self.hf.config, "quantization_config", None))
+
+    @property
     def offloaded(self) -> bool:
         """Whether some layer's weights are loaded only when it runs."""
         return any(
@@ -148,6 +153,9 @@ def wrap(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str = 
     family = FAMILIES.get(config.model_type) or by_structure(hf, source)
     if family.proven:
         check_explained(config, _code_of(hf), source)
+    if getattr(hf.config, "quantization_config", None):
+        # Some kinds quantise activations batch by batch, and then no row is measured alone.
+        family = replace(family, proven=False)
     hf.eval().requires_grad_(False)
     keep_freed_memory()
     return Model(

@@ -323,7 +323,7 @@ def _start(part: Component) -> tuple[int, int]:
 def _chunks(state: Float[Tensor, "sender example d_model"]) -> Sequence[Tensor]:
     """Pieces of nearly equal size; a small rest would run at a fraction of the speed."""
     most = max(1, REPLAY_ROWS // state.shape[1])
-    return state.tensor_split(max(1, math.ceil(len(state) / most)))
+    return state.tensor_split(math.ceil(len(state) / most)) if len(state) else ()
 
 
 def replay(

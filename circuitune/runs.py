@@ -45,7 +45,14 @@ STAGES = {
     for stage in (
         Stage("pairs", (), PAIRS),
         Stage("locate", PAIRS, ("effects.parquet", "circuit.json", "paths.parquet")),
-        Stage("validate", (*PAIRS, "circuit.json"), ("knockout.parquet",)),
+        Stage(
+            "validate",
+            (*PAIRS, "effects.parquet", "circuit.json"),
+            ("knockout.parquet", "validate.json"),
+        ),
+        Stage(
+            "explain", (*PAIRS, "effects.parquet", "circuit.json", "paths.parquet"), ("explain",)
+        ),
         Stage("tune", (*PAIRS, "effects.parquet", "circuit.json"), ("tuned", "tune.json")),
         Stage("evaluate", (*PAIRS, "tuned", "tune.json"), ("eval.json",)),
     )

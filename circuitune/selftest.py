@@ -24,7 +24,7 @@ from torch import Tensor
 from circuitune.components import Component, Head, Mlp
 from circuitune.errors import UserError
 from circuitune.models import Model, projection_shape
-from circuitune.patching import direct_effects, end_states, unembed, wide
+from circuitune.patching import direct_effects, end_states, noise_floor, unembed, wide
 from circuitune.prompts import prefill
 from circuitune.sites import Trace, intervene, record, substitute
 
@@ -52,7 +52,7 @@ class Report:
         samples: number of components that were compared.
         difference: largest difference of fast and slow.
         effect: largest change of a logit by patching, for scale.
-        noise: largest change of a logit by patching clean into clean.
+        noise: largest change of the logit difference by patching clean into clean.
         cached: largest difference of cached END and a plain forward pass.
         leak: how far a key-value head changes slices of other heads, as a share of the largest
             value of a slice.
@@ -103,7 +103,7 @@ def run(model: Model, *, samples: int = 8, seed: int = 0) -> Report:
     clean_states, corrupt_states = (end_states(model, prefill(model, p)) for p in (clean, corrupt))
     options = {"candidates": candidates, "answers": answers, "senders": senders}
     fast = direct_effects(model, clean_states, corrupt_states, **options).patched["relative_logit"]
-    nothing = direct_effects(model, clean_states, clean_states, **options)
+    floor = noise_floor(model, clean_states, candidates=candidates, answers=answers)
     plain = [_forward(model, tokens) for tokens in clean]
     patched_in = [_forward(model, tokens)[1] for tokens in corrupt]
     logits = unembed(model, clean_states.final)
@@ -117,7 +117,6 @@ def run(model: Model, *, samples: int = 8, seed: int = 0) -> Report:
         slow.append((fast[row, example] - float(patched[answer]), float(change)))
     difference, effect = np.abs(slow).max(axis=0)
     clean_logits = torch.stack([logit for logit, _ in plain])
-    noise = nothing.patched["relative_logit"] - nothing.clean["relative_logit"]
     dtype = next(model.hf.parameters()).dtype
     by_dtype = TOLERANCE.get(dtype, 0.0) * max(1.0, float(clean_logits.abs().max()))
     return Report(
@@ -126,7 +125,7 @@ def run(model: Model, *, samples: int = 8, seed: int = 0) -> Report:
         samples=len(senders),
         difference=float(difference),
         effect=float(effect),
-        noise=float(np.abs(noise).max()),
+        noise=float(floor["logit_diff"].max()),
         cached=float((logits - clean_logits).abs().max()),
         leak=_leak(model, clean[-1], rng),
         tolerance=min(by_dtype, SHARE_OF_EFFECT * float(effect)),

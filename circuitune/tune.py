@@ -402,6 +402,12 @@ def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
 
     The random heads are matched by layer, so both runs cost the same per step.
     """
+    if model.offloaded or model.quantised:
+        raise UserError(
+            f"Tuning needs all weights in memory as plain numbers, those of {model.source} are "
+            f"{'quantised' if model.quantised else 'read when they are used'}; start the run with "
+            "an unquantised checkpoint and without --max-memory."
+        )
     pair_set = PairSet.load(run)
     selection = pair_set.selection
     writing = Writing(selection["prefix"], selection["spaced_answer"])

@@ -317,7 +317,6 @@ def test_a_model_that_also_sees_is_refused() -> None:
         ("add_cross_attention", True),
         ("use_bidirectional_attention", True),
         ("num_kv_shared_layers", 2),
-        ("quantization_config", {"quant_method": "bitsandbytes"}),
         ("layer_types", ["full_attention", "mamba"]),
         ("return_dict", False),
     ],

@@ -24,7 +24,8 @@ ROWS = [
     *("errors", "components", "config", "stats", "effects", "racing", "problems", "runs"),
     *("ranks", "families", "checkpoints", "weights", "models", "memory", "sites", "prompts"),
     *("patching", "ports", "paths", "attribution", "selftest", "pairs", "roles", "chains"),
-    *("graph", "slices", "tasks", "selection", "locate", "validate", "explain", "transfer"),
+    *("graph", "slices", "controls", "tasks", "selection", "locate", "knockout", "criteria"),
+    *("validate", "attention", "subjects", "readout", "neurons", "explain", "transfer"),
     *("tune", "evaluate", "report", "cli", "__main__"),
 ]
 

@@ -50,6 +50,11 @@ def arguments(model: Path, pairs: Path, run: Path) -> list[str]:
     ]
 
 
+def own_size(run: Path, smallest: int) -> int:
+    """Size of the circuit, which is always knocked out too; the smallest if it has none."""
+    return json.loads((run / "circuit.json").read_text())["size"] or smallest
+
+
 def command(*words: str) -> None:
     """Run the command line in this process."""
     cli.app(list(words), standalone_mode=False)
@@ -65,6 +70,8 @@ def test_every_file_is_there_and_readable(finished: Path) -> None:
         "circuit.json",
         "paths.parquet",
         "knockout.parquet",
+        "explain",
+        "validate.json",
         "tuned",
         "tune.json",
         "eval.json",
@@ -74,8 +81,9 @@ def test_every_file_is_there_and_readable(finished: Path) -> None:
     assert effects["component"].nunique() == 4 * 5
     assert set(effects["metric"]) == {"logit_diff", "prob", "relative_logit"}
     knockout = pd.read_parquet(finished / "knockout.parquet")
-    counts = knockout[knockout["k"] > 0].groupby("set").size()
-    assert counts["matched"] == counts["random"] == 3 * 10
+    curves = knockout.query("k > 0 and ablation == 'mean' and where == 'end'")
+    counts = curves.groupby("set").size()
+    assert counts["matched"] == counts["random"] == len({1, 2, 4, own_size(finished, 1)}) * 10
     assert load_delta(finished / "tuned").facts["method"] == "precise"
     assert load_delta(finished / "tuned" / "random").facts["method"] == "random"
     records = json.loads((finished / "eval.json").read_text())
@@ -103,7 +111,7 @@ def test_a_second_run_repeats_no_stage_and_loads_no_model(
 
     monkeypatch.setattr("circuitune.models.load", refuse)
     command(*arguments(tiny_folder, pairs_file, finished))
-    assert capsys.readouterr().err.count("done before") == 5
+    assert capsys.readouterr().err.count("done before") == 6
 
 
 def test_a_stage_repeats_bit_for_bit(
@@ -119,7 +127,8 @@ def test_changed_options_redo_only_what_depends_on_them(
 ) -> None:
     command("validate", str(finished), "--sizes", "1,2", "--controls", "10")
     assert "validate:" in capsys.readouterr().err
-    assert set(pd.read_parquet(finished / "knockout.parquet")["k"]) == {0, 1, 2}
+    sizes = {0, 1, 2, own_size(finished, 1)}
+    assert set(pd.read_parquet(finished / "knockout.parquet")["k"]) == sizes
     command(
         "tune",
         str(finished),

@@ -225,6 +225,12 @@ def test_two_processes_measure_what_one_measures(
         for name, values in one.items():
             np.testing.assert_allclose(both[name], values, rtol=0, atol=1e-9)
         check_same_table(alone / "knockout.parquet", out / "knockout.parquet")
+        judged = [
+            dict(numbers(json.loads((folder / "validate.json").read_text())))
+            for folder in (alone, out)
+        ]
+        assert judged[0].keys() == judged[1].keys()
+        assert judged[0] == {k: pytest.approx(leaf, abs=1e-9) for k, leaf in judged[1].items()}
 
 
 def test_locate_in_two_processes(
@@ -243,9 +249,8 @@ def test_locate_in_two_processes(
     assert one.keys() == two.keys()
     assert one == {place: pytest.approx(leaf, abs=1e-9) for place, leaf in two.items()}
 
-    assert {path.name for path in run.iterdir()} == {path.name for path in alone.iterdir()} - {
-        "knockout.parquet"
-    }
+    names = {path.name for path in alone.iterdir()} - {"knockout.parquet", "validate.json"}
+    assert {path.name for path in run.iterdir()} == names
     stages = [
         json.loads((folder / "manifest.json").read_text())["stages"] for folder in (alone, run)
     ]

@@ -275,6 +275,30 @@ def test_different_ablations_are_never_joined(run: Path) -> None:
     assert headline(run) == before
 
 
+def test_every_kind_of_row_has_its_place(run: Path) -> None:
+    """Other ablations are left out of the curves, further sets and control tasks are in them."""
+    before = headline(run)
+
+    def extend(table: pd.DataFrame) -> pd.DataFrame:
+        top = table[(table["set"] == "top") & (table["task"] == "add") & (table["k"].isin([1, 3]))]
+        further = [top.assign(ablation="zero"), top.assign(where="all"), top.assign(set="least")]
+        for draw, name in enumerate(("copy_number", "capital")):
+            further += [
+                top.assign(task=name, accuracy=1.0),
+                top.assign(set="other_task", draw=draw, source=name),
+                top.assign(set="other_task", draw=draw, source=name, task=name),
+            ]
+        return pd.concat([table, *further], ignore_index=True)
+
+    edit_table(run / "knockout.parquet", extend)
+    assert headline(run) == before
+    page = read_page(run)
+    names = {trace.get("name") for trace in page.figure("knockout")["data"]}
+    assert {"least important", "circuit of another task"} <= names
+    titles = [note["text"] for note in page.figure("others")["layout"]["annotations"]]
+    assert titles[-2:] == ["copying a number", "capitals"]
+
+
 def test_other_tasks_have_a_panel_each(page: Page) -> None:
     titles = [note["text"] for note in page.figure("others")["layout"]["annotations"]]
     assert titles == ["subtraction", "multiplication", "division", "copying"]

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from circuitune.errors import UserError
 from circuitune.runs import STAGES, Stage, is_done, opened, read_manifest, write_json, writing
 
 CONFIG = ValidateConfig(controls=3)
-STAGE = STAGES["validate"]
+STAGE = replace(STAGES["validate"], outputs=("knockout.parquet",))
 LOAD = {"device": "cpu", "dtype": "float32"}
 
 

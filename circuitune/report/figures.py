@@ -36,6 +36,8 @@ _STYLES = {
     "single_pass": _Style("0,158,115", "dash", "diamond"),
     "matched": _Style("42,133,200", "solid", "square"),
     "random": _Style("128,136,148", "dot", "triangle-up"),
+    "least": _Style("148,120,60", "dot", "triangle-down"),
+    "other_task": _Style("140,90,190", "dash", "cross"),
     "precise": _Style("213,94,0", "solid", "circle"),
     "base": _Style("128,136,148", "solid", "diamond"),
 }

@@ -175,6 +175,9 @@ def task_name(task: str) -> str:
         "mul": "multiplication",
         "div": "division",
         "copy": "copying",
+        "copy_number": "copying a number",
+        "copy_word": "copying a word",
+        "capital": "capitals",
     }
     return names.get(task, task)
 
@@ -186,5 +189,7 @@ def set_name(kind: str) -> str:
         "single_pass": "single-pass ranking",
         "matched": "random, same layers",
         "random": "random",
+        "least": "least important",
+        "other_task": "circuit of another task",
     }
     return names.get(kind, kind.replace("_", " "))

@@ -11,7 +11,7 @@ from circuitune.stats import Interval, bootstrap_mean, bootstrap_means
 
 # One fixed seed: the report is a function of the run directory and nothing else.
 _SEED = 0
-_SETS = ("top", "single_pass", "matched", "random")
+_SETS = ("top", "single_pass", "other_task", "least", "matched", "random")
 
 
 @dataclass(frozen=True)

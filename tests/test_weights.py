@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from circuitune.config import TuneConfig
 from circuitune.errors import UserError
 from circuitune.models import Model, load, wrap
 from circuitune.patching import direct_effects, end_states, noise_floor, pair_states
 from circuitune.prompts import prefill, prefill_pairs
+from circuitune.selftest import prove
+from circuitune.tune import tune
 from circuitune.weights import Shards, present, resident, widened
 from tests.conftest import byte_tokenizer, tiny_hf
 from tests.test_patching import CANDIDATES, prompts
@@ -142,8 +145,8 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(inputs, self.weight.to(inputs.dtype) * self.scale)
 
 
-def test_quantised_layers_work() -> None:
-    """The effects of a quantised model are those of a plain model with the rounded weights."""
+def quantised_and_plain() -> tuple[nn.Module, nn.Module]:
+    """A model with projections of 8 bits, and a plain one with the rounded weights."""
     hf, plain = tiny_hf("llama"), tiny_hf("llama")
     names = [name for name, part in hf.named_modules() if isinstance(part, nn.Linear)]
     for name in names:
@@ -153,8 +156,27 @@ def test_quantised_layers_work() -> None:
             setattr(hf.get_submodule(parent), last, quantised)
             rounded = quantised.weight.double() * quantised.scale
             plain.get_submodule(name).weight.data.copy_(rounded)
-    quantised, plain = (wrap(one, byte_tokenizer()) for one in (hf, plain))
+    return hf, plain
+
+
+def test_quantised_layers_work() -> None:
+    quantised, plain = (wrap(one, byte_tokenizer()) for one in quantised_and_plain())
     np.testing.assert_allclose(effects(quantised), effects(plain), atol=1e-9, rtol=0)
+
+
+def test_a_quantised_model_is_measured_only_after_the_self_test() -> None:
+    hf, _ = quantised_and_plain()
+    hf.config.quantization_config = {"quant_method": "own"}
+    model = wrap(hf, byte_tokenizer(), source="quantised")
+    assert model.quantised
+    assert not model.family.proven
+    assert prove(model).passed
+
+
+def test_quantised_and_offloaded_models_are_not_tuned(tiny_folder: Path, tmp_path: Path) -> None:
+    model = load(str(tiny_folder), device="cpu", max_memory="1K")
+    with pytest.raises(UserError, match="Tuning needs all weights in memory as plain numbers"):
+        tune(model, TuneConfig(), tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -57,6 +57,7 @@ class LocateConfig:
         "Measure only this many heads a round, the best by a gradient estimate; 0 is all.",
         least=0,
     )
+    exact: bool = option(False, "All heads on all pairs, whatever --race and --screen say.")
     graph: bool = option(True, "Trace who feeds the chosen heads, down to the tokens.")
     draws: int = option(2000, "Bootstrap draws behind each interval.", least=100)
     seed: int = option(0, "Seed of every random choice.", least=0)

@@ -26,7 +26,7 @@ from circuitune.models import Model
 from circuitune.pairs import PairSet, encode
 from circuitune.patching import noise_floor
 from circuitune.runs import write_json
-from circuitune.selection import check_rule, choices, select
+from circuitune.selection import check_rule, choices, exactly, select
 from circuitune.stats import (
     advise_sample_size,
     benjamini_hochberg,
@@ -59,6 +59,7 @@ def locate(model: Model, config: LocateConfig, run: Path, work: Path) -> None:
         run: the run directory, read for the pairs (by the first process).
         work: where the files are written.
     """
+    config = exactly(config)
     check_rule(config, ranks.world())
     pair_set = ranks.first(lambda: PairSet.load(run))
     name = pair_set.tasks[0]

@@ -8,6 +8,7 @@ exactly on all pairs in every case.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,11 @@ def select(
         return found, record | {"cut": config.cut}, _passing(heads, found, config)
     record["curve"] = _curve(model, task, order)
     return found, record, flat_from(record["curve"])
+
+
+def exactly(config: LocateConfig) -> LocateConfig:
+    """The options without racing and screening, if ``exact`` asks for it."""
+    return replace(config, race=0.0, screen=0) if config.exact else config
 
 
 def check_rule(config: LocateConfig, processes: int = 1) -> None:

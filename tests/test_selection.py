@@ -15,6 +15,7 @@ from circuitune.pairs import Pair
 from circuitune.selection import (
     _sizes,
     check_rule,
+    exactly,
     flat_from,
     race_heads,
     screened,
@@ -144,6 +145,12 @@ def test_a_raced_selection_is_the_exact_one(model: Model, task: Task) -> None:
 def test_options_that_do_not_fit_are_refused(options: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
         check_rule(replace(CONFIG, **options))
+
+
+def test_exact_overrules_racing_and_screening() -> None:
+    fast = replace(CONFIG, race=0.9, screen=5)
+    assert exactly(fast) == fast
+    assert exactly(replace(fast, exact=True)) == replace(CONFIG, exact=True)
 
 
 def test_a_race_runs_in_one_process() -> None:

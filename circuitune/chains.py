@@ -35,20 +35,23 @@ from circuitune.components import (
 )
 from circuitune.effects import measure
 from circuitune.errors import UserError
+from circuitune.memory import check_room
 from circuitune.models import Model
 from circuitune.patching import (
     EndStates,
+    cell_states,
     direct_effects,
     finish,
     replay,
     run_layer,
+    run_through,
     start_rows,
     unembed,
     wide,
 )
 from circuitune.ports import find_port, project, projections
 from circuitune.roles import Contrasts
-from circuitune.sites import Trace, attend, begin, march, record
+from circuitune.sites import Trace, attend
 from circuitune.weights import widened
 
 # Bounds of memory: tokens in one call of an attention, numbers in residual streams, prompts.
@@ -113,11 +116,7 @@ class Runs:
 
     def states(self, trace: Trace, cells: "Cells") -> EndStates:
         """What passed some cells, each counted as an example."""
-        z, attention, mlp, entry = (
-            wide(torch.stack([values[cells.row, cells.place] for values in part]))
-            for part in (trace.z, trace.attention, trace.mlp, trace.entry)
-        )
-        return EndStates(z, attention, mlp, entry, wide(self.final[cells.row]), trace.calls)
+        return cell_states(trace, cells.row, cells.place, self.final[cells.row])
 
     def cells(self, places: Sequence[Sequence[int]]) -> "Cells":
         """The cells at the given places of each of all prompts, those of these prompts alone."""
@@ -153,7 +152,8 @@ def run_contrasts(
     """Run clean prompts, and their corrupt ones in each contrast, equal lengths together.
 
     Raises:
-        UserError: a corrupt prompt has not as many tokens as its clean one.
+        UserError: a corrupt prompt has not as many tokens as its clean one, or the bound on memory
+            has no room for the runs.
     """
     lengths = [len(tokens) for tokens in clean]
     if any(lengths != [len(tokens) for tokens in corrupt] for corrupt in contrasts.values()):
@@ -161,26 +161,19 @@ def run_contrasts(
             "Chains need corrupt prompts with as many tokens as the clean ones, found others; "
             "leave these pairs out."
         )
+    check_room(model, sum(lengths) * (1 + len(contrasts)))
     found: dict[str, list[Runs]] = {name: [] for name in contrasts}
     for length in sorted(set(lengths)):
         same = [place for place, other in enumerate(lengths) if other == length]
         for start in range(0, len(same), PROMPTS_PER_RUN):
             places = same[start : start + PROMPTS_PER_RUN]
-            one, final = _run(model, [clean[place] for place in places])
+            one, state = run_through(model, [clean[place] for place in places])
+            final = finish(model, state[:, -1])
             for name, corrupt in contrasts.items():
-                other, corrupt_final = _run(model, [corrupt[place] for place in places])
+                other, state = run_through(model, [corrupt[place] for place in places])
+                corrupt_final = finish(model, state[:, -1])
                 found[name].append(Runs(places, one, other, final, corrupt_final))
     return found
-
-
-def _run(
-    model: Model, prompts: Sequence[Sequence[int]]
-) -> tuple[Trace, Float[Tensor, "example width"]]:
-    tokens = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
-    start = begin(model, input_ids=tokens, use_cache=False)
-    with record(model, where="all") as trace:
-        (state,) = march(model, [start], wide=True)
-    return trace, finish(model, state[:, -1])
 
 
 @torch.no_grad()

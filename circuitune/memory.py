@@ -134,6 +134,21 @@ def most_tokens(model: Model, usual: int) -> int:
     return int(min(usual, max(LEAST_TOKENS, left / 2 / _row_bytes(model))))
 
 
+def check_room(model: Model, positions: int) -> None:
+    """Refuse to keep what passes so many positions of all layers, if the bound has no room for it.
+
+    Raises:
+        UserError: it has not.
+    """
+    kept = positions * model.layers * (3 * model.d_model + model.heads * model.d_head) * WIDE
+    wanted = int((used(model.device) + kept) * (1 + RESERVE))
+    if model.max_memory is not None and wanted > model.max_memory:
+        raise UserError(
+            f"--max-memory must hold the runs at every position, {shown(wanted)}, found "
+            f"{shown(model.max_memory)}; give more, or take fewer or shorter prompts."
+        )
+
+
 def check_fits(model: Model, lengths: Sequence[int]) -> Estimate:
     """The estimate for prompts of these lengths, one per pair, if it stays within the bound.
 

@@ -43,6 +43,7 @@ from circuitune.models import Model
 from circuitune.prompts import Prompts, prefill
 from circuitune.sites import (
     Call,
+    Trace,
     begin,
     first,
     intervene,
@@ -140,6 +141,32 @@ def pair_states(model: Model, prompts: Prompts) -> tuple[EndStates, EndStates]:
     """`end_states` of the clean and the corrupt prompts of `circuitune.prompts.prefill_pairs`."""
     both, half = end_states(model, prompts), prompts.count // 2
     return both.of(slice(half)), both.of(slice(half, None))
+
+
+@torch.no_grad()
+def run_through(
+    model: Model, prompts: Sequence[Sequence[int]]
+) -> tuple[Trace, Float[Tensor, "example token d_model"]]:
+    """What passes every position of prompts of equal length, and what leaves the last layer."""
+    tokens = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
+    start = begin(model, input_ids=tokens, use_cache=False)
+    with record(model, where="all") as trace:
+        (state,) = march(model, [start], wide=True)
+    return trace, state
+
+
+def cell_states(
+    trace: Trace,
+    row: Int[Tensor, " cell"],
+    place: Int[Tensor, " cell"],
+    final: Float[Tensor, "cell width"],
+) -> EndStates:
+    """What passes some cells of `run_through`, each counted as an example."""
+    z, attention, mlp, entry = (
+        wide(torch.stack([values[row, place] for values in part]))
+        for part in (trace.z, trace.attention, trace.mlp, trace.entry)
+    )
+    return EndStates(z, attention, mlp, entry, wide(final), trace.calls)
 
 
 def finish(model: Model, state: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch width"]:

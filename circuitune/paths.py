@@ -53,9 +53,11 @@ from circuitune.errors import UserError
 from circuitune.models import Model
 from circuitune.patching import (
     EndStates,
+    cell_states,
     finish,
     replay,
     run_layer,
+    run_through,
     start_rows,
     unembed,
     wide,
@@ -70,7 +72,7 @@ from circuitune.ports import (
     through_mlp,
 )
 from circuitune.prompts import PROMPTS_PER_BATCH
-from circuitune.sites import Trace, attend, begin, march, record
+from circuitune.sites import attend
 from circuitune.weights import widened
 
 # Bounds of memory: numbers in the residual streams of step 1, and tokens in a batch of step 2.
@@ -270,8 +272,10 @@ def _run_block(
     number = {cell: index for index, cell in enumerate(cells)}
     row, place = torch.tensor(cells, dtype=torch.long, device=model.device).reshape(-1, 2).T
     every = torch.arange(len(pairs), device=model.device)
-    clean, final = _run(model, [one for one, _ in pairs])
-    corrupt, other_final = _run(model, [other for _, other in pairs])
+    clean, state = run_through(model, [one for one, _ in pairs])
+    corrupt, other_state = run_through(model, [other for _, other in pairs])
+    final, other_final = finish(model, state), finish(model, other_state)
+    last = torch.full_like(every, final.shape[1] - 1)
     return _Block(
         row=row,
         place=place,
@@ -279,36 +283,11 @@ def _run_block(
             torch.tensor([number[cell] for cell in group], dtype=torch.long, device=model.device)
             for group in members
         ],
-        clean=_states(clean, final, row, place),
-        corrupt=_states(corrupt, other_final, row, place),
-        end=_states(clean, final, every, torch.full_like(every, final.shape[1] - 1)),
+        clean=cell_states(clean, row, place, final[row, place]),
+        corrupt=cell_states(corrupt, row, place, other_final[row, place]),
+        end=cell_states(clean, every, last, final[every, last]),
         entry={layer: clean.entry[layer] for layer in layers},
     )
-
-
-def _run(
-    model: Model, prompts: Sequence[Sequence[int]]
-) -> tuple[Trace, Float[Tensor, "example token width"]]:
-    """What passes every position of prompts of equal length, and the final hidden states."""
-    tokens = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
-    start = begin(model, input_ids=tokens, use_cache=False)
-    with record(model, where="all") as trace:
-        (state,) = march(model, [start], wide=True)
-    return trace, finish(model, state)
-
-
-def _states(
-    trace: Trace,
-    final: Float[Tensor, "example token width"],
-    row: Int[Tensor, " cell"],
-    place: Int[Tensor, " cell"],
-) -> EndStates:
-    """What passes the given cells."""
-    z, attention, mlp, entry = (
-        wide(torch.stack([values[row, place] for values in part]))
-        for part in (trace.z, trace.attention, trace.mlp, trace.entry)
-    )
-    return EndStates(z, attention, mlp, entry, wide(final[row, place]), trace.calls)
 
 
 def _arrivals(

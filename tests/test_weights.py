@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from circuitune.chains import run_contrasts
 from circuitune.config import TuneConfig
 from circuitune.errors import UserError
 from circuitune.models import Model, load, wrap
@@ -241,3 +242,11 @@ def test_shards_of_another_model_are_refused(tmp_path: Path, tiny_folder: Path) 
 def test_an_empty_folder_has_no_shards(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has none"):
         Shards.of(tmp_path)
+
+
+def test_runs_at_every_position_need_room(tiny_folder: Path) -> None:
+    """Who feeds the key heads is left out, with the reason, where the bound has no room for it."""
+    model = load(str(tiny_folder), device="cpu", max_memory="1M")
+    texts = prompts(3, seed=1)
+    with pytest.raises(UserError, match="--max-memory must hold the runs at every position"):
+        run_contrasts(model, texts, {"same": texts})

@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from tests.fixture_explain import further, judgement, write_explanation
+
 LAYERS, HEADS, EXAMPLES = 30, 9, 96
 CHOSEN = ("20.8", "17.2", "14.6", "22.0", "14.2")
 SINGLE_PASS = ("20.8", "22.0", "9.4", "17.2", "25.1", "11.7", "28.3", "14.6", "19.5", "6.0")
+SIZE = 3
 SIZES = (1, 2, 3, 5, 8, 12, 20)
 TASKS = ("add", "sub", "mul", "div")
-STAGES = ("validate", "tune", "evaluate")
+STAGES = ("validate", "explain", "tune", "evaluate")
 CONTRASTS = ("operand 1", "operator", "operand 2")
 NOISE = {"logit_diff": 2.4e-6, "relative_logit": 1.1e-7, "prob": 5.2e-7}
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
@@ -31,7 +34,7 @@ def write_run(
     Args:
         run: The directory to make.
         seed: Seed of every number in it.
-        stages: Which of validate, tune and evaluate have run.
+        stages: Which of validate, explain, tune and evaluate have run.
         tasks: The first one is the circuit's own.
         model: The id of the model.
     """
@@ -46,7 +49,12 @@ def write_run(
     circuit = _circuit(effects, tasks[0], model) | {"noise": NOISE, "graph": _graph(rng)}
     _dump(run / "circuit.json", circuit)
     if "validate" in stages:
-        _knockout(rng, tasks).to_parquet(run / "knockout.parquet")
+        table = _knockout(rng, tasks).assign(source=tasks[0])
+        extended = pd.concat([table, further(tasks[0], SIZE)], ignore_index=True)
+        extended.to_parquet(run / "knockout.parquet")
+        _dump(run / "validate.json", judgement(CHOSEN[:SIZE]))
+    if "explain" in stages:
+        write_explanation(run, LAYERS)
     if "tune" in stages:
         _dump(run / "tune.json", _tune(rng))
     if "evaluate" in stages:
@@ -63,10 +71,11 @@ def _manifest(run: Path, model: str, stages: Sequence[str]) -> dict[str, object]
     config = {
         "locate": {"tasks": "add,sub,mul,div", "pairs": 96, "metric": "logit_diff", "seed": 0},
         "validate": {"ablation": "mean", "where": "end", "draws": 10, "seed": 1},
+        "explain": {"prompts": 48, "top": 8, "seed": 4},
         "tune": {"heads": 5, "steps": 100, "lr": 0.001, "seed": 2},
         "evaluate": {"suite": "arithmetic,retention", "limit": 300, "seed": 3},
     }
-    seconds = {"locate": 61.2, "validate": 48.0, "tune": 121.4, "evaluate": 93.9}
+    seconds = {"locate": 61.2, "validate": 48.0, "explain": 7.5, "tune": 121.4, "evaluate": 93.9}
     return {
         "circuitune": "0.1.0",
         "command": f"circuitune run {model} --out {run}",
@@ -199,7 +208,7 @@ def _circuit(effects: pd.DataFrame, task: str, model: str) -> dict[str, object]:
         part.update({key: part[key] * scale for key in ("estimate", "low", "high")})
     return {
         "components": chosen,
-        "size": 3,
+        "size": SIZE,
         "rule": {
             "name": "iterated path patching",
             "metric": "logit_diff",

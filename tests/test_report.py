@@ -1,103 +1,23 @@
 """The report: its numbers come from the run, its page stands alone, its errors are sentences."""
 
 import ast
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from rich.console import Console
 
 import circuitune.report
 from circuitune.errors import UserError
 from circuitune.report import summarise, write_report
-from circuitune.report.terminal import render
 from tests.fixture_run import CHOSEN, EXAMPLES, STAGES, write_run
-
-_VOID = {"meta", "link", "br", "img", "hr", "input"}
-
-
-class Page(HTMLParser):
-    """What a browser would find: visible text, addresses, styles and figures by their id."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.styles: list[str] = []
-        self.texts: list[str] = []
-        self.data: dict[str, str] = {}
-        self.policy = ""
-        self._reading: str | None = None
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = {name: value or "" for name, value in attrs}
-        self.tags.append(tag)
-        self.addresses += [values[name] for name in ("src", "href", "action") if name in values]
-        if values.get("http-equiv") == "Content-Security-Policy":
-            self.policy = values["content"]
-        if tag not in _VOID:
-            self.open.append(tag)
-            self._reading = values.get("id") if tag == "script" else None
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "style":
-            self.styles.append(data)
-        elif self.open and self.open[-1] == "script":
-            if self._reading:
-                self.data[self._reading] = self.data.get(self._reading, "") + data
-        else:
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        """The visible text, with ordinary spaces."""
-        return " ".join("".join(self.texts).split())
-
-    def figure(self, name: str) -> dict:
-        """The plotly description of one figure."""
-        return json.loads(self.data[f"{name}-data"])
-
-
-def read_page(run: Path) -> Page:
-    """Write the report of `run` and read it back."""
-    return Page(write_report(run).read_text(encoding="utf-8"))
-
-
-def edit_json(path: Path, change: Callable[[object], object]) -> None:
-    """Replace a JSON file by what `change` makes of it."""
-    path.write_text(json.dumps(change(json.loads(path.read_text(encoding="utf-8")))))
-
-
-def edit_table(path: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
-    """Replace a parquet file by what `change` makes of it."""
-    change(pd.read_parquet(path)).to_parquet(path)
-
-
-def headline(run: Path) -> str:
-    """The headline as one text."""
-    return " ".join(str(line) for line in summarise(run).headline)
-
-
-def printed(run: Path, width: int) -> str:
-    """The terminal summary, without colours."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(render(summarise(run)))
-    return console.file.getvalue()
+from tests.reading import Page, edit_json, edit_table, headline, printed, read_page
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +55,7 @@ def test_same_run_gives_the_same_bytes(whole: Path) -> None:
 
 def test_headline_quotes_the_knockout_table(whole: Path, page: Page) -> None:
     table = pd.read_parquet(whole / "knockout.parquet").query("task == 'add'")
+    table = table.query("ablation == 'mean' and where == 'end'")
     top = table.query("set == 'top'").set_index("k")
     k = json.loads((whole / "circuit.json").read_text())["size"]
     matched = table.query("set == 'matched' and k == @k")["accuracy"].mean()
@@ -246,6 +167,7 @@ def test_components_that_were_measured_on_fewer_examples_keep_their_mean(run: Pa
 
 def test_random_sets_show_their_draws_and_the_mean_over_them(whole: Path, page: Page) -> None:
     table = pd.read_parquet(whole / "knockout.parquet").query("task == 'add' and set == 'matched'")
+    table = table.query("ablation == 'mean' and where == 'end'")
     traces = page.figure("knockout")["data"]
     line = next(t for t in traces if t.get("name") == "random, same layers")
     dots = next(t for t in traces if t["legendgroup"] == "matched" and t["mode"] == "markers")
@@ -294,14 +216,21 @@ def test_every_kind_of_row_has_its_place(run: Path) -> None:
     assert headline(run) == before
     page = read_page(run)
     names = {trace.get("name") for trace in page.figure("knockout")["data"]}
-    assert {"least important", "circuit of another task"} <= names
-    titles = [note["text"] for note in page.figure("others")["layout"]["annotations"]]
+    assert {"least important", "circuits of other tasks"} <= names
+    assert "its own circuit" not in names
+    others = page.figure("others")
+    titles = [note["text"] for note in others["layout"]["annotations"]]
     assert titles[-2:] == ["copying a number", "capitals"]
+    # In its own task the circuit of a control task is not that of another one.
+    names = {trace.get("name") for trace in others["data"]}
+    assert "its own circuit" in names
+    assert "circuits of other tasks" not in names
 
 
 def test_other_tasks_have_a_panel_each(page: Page) -> None:
     titles = [note["text"] for note in page.figure("others")["layout"]["annotations"]]
-    assert titles == ["subtraction", "multiplication", "division", "copying"]
+    assert titles[:4] == ["subtraction", "multiplication", "division", "copying"]
+    assert titles[4:] == ["copying a number", "capitals"]
 
 
 def test_every_measurement_is_on_the_page(whole: Path) -> None:
@@ -323,11 +252,16 @@ def test_tuning_table_has_a_row_per_variant_and_marks_differences(whole: Path) -
 @pytest.mark.parametrize(
     ("stages", "figures", "commands"),
     [
-        ((), {"effects", "feeds"}, {"validate", "tune", "evaluate"}),
-        (("validate",), {"effects", "feeds", "knockout", "others"}, {"tune", "evaluate"}),
-        (("validate", "tune"), {"effects", "feeds", "knockout", "others"}, {"evaluate"}),
-        (STAGES, {"effects", "feeds", "knockout", "others", "tuning"}, set()),
-        (("evaluate",), {"effects", "feeds", "tuning"}, {"validate", "tune"}),
+        ((), set(), {"validate", "explain", "tune", "evaluate"}),
+        (("validate",), {"knockout", "others"}, {"explain", "tune", "evaluate"}),
+        (("explain",), {"attention", "lens", "mlps"}, {"validate", "tune", "evaluate"}),
+        (("validate", "tune"), {"knockout", "others"}, {"explain", "evaluate"}),
+        (
+            STAGES,
+            {"attention", "lens", "mlps", "knockout", "others", "tuning"},
+            set(),
+        ),
+        (("evaluate",), {"tuning"}, {"validate", "explain", "tune"}),
     ],
 )
 def test_missing_stages_are_named_with_their_command(
@@ -335,8 +269,8 @@ def test_missing_stages_are_named_with_their_command(
 ) -> None:
     run = write_run(tmp_path / "run", stages=stages)
     page = read_page(run)
-    assert {name.removesuffix("-data") for name in page.data} == figures
-    for stage in ("validate", "tune", "evaluate"):
+    assert {name.removesuffix("-data") for name in page.data} == figures | {"effects", "feeds"}
+    for stage in STAGES:
         command = f"circuitune {stage} {run}"
         assert (f"Not run yet. {command}" in page.text) == (stage in commands)
         assert (command in printed(run, 400)) == (stage in commands)
@@ -366,7 +300,7 @@ def test_names_from_the_run_cannot_become_markup(tmp_path: Path) -> None:
     assert "<script>alert(1)" not in html
     assert f"Addition in {evil}" in page.text
     assert page.open == []
-    assert page.figure("others")["layout"]["annotations"][-1]["text"].startswith("&lt;/script&gt;")
+    assert page.figure("others")["layout"]["annotations"][3]["text"].startswith("&lt;/script&gt;")
 
 
 def _without(key: str) -> Callable[[dict], dict]:

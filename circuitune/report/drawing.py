@@ -13,9 +13,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from circuitune.report import format as fmt
+from circuitune.report.estimate import Estimate
 from circuitune.report.fields import COMPONENT
 from circuitune.report.figures import INK, OPPOSES, SUPPORTS, finished
-from circuitune.report.records import EMBEDDING, Estimate, FeedEdge, FeedEffect, Feeds
+from circuitune.report.records import EMBEDDING, FeedEdge, FeedEffect, Feeds
 
 _END, _OTHER, _ANSWER = "end", "other", "answer"
 _STEPS = 24  # points along a line

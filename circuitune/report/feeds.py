@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from circuitune.report import format as fmt
-from circuitune.report.records import EMBEDDING, Circuit, Estimate, FeedNode, Feeds
+from circuitune.report.estimate import Estimate
+from circuitune.report.records import EMBEDDING, Circuit, FeedNode, Feeds
 from circuitune.report.tables import Phrase, Row, Sentence, Table, columns, row, sentence
 
 _NAMED, _ROWS = 4, 18

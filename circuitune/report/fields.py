@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from circuitune.errors import UserError
-from circuitune.report.records import Estimate
+from circuitune.report.estimate import Estimate
 
 COMPONENT = re.compile(r"(?P<layer>\d+)\.(?P<head>\d+)|mlp\.(?P<mlp>\d+)")
 _T = TypeVar("_T")

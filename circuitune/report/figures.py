@@ -14,9 +14,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from circuitune.report import format as fmt
+from circuitune.report.estimate import Estimate
 from circuitune.report.fields import COMPONENT
 from circuitune.report.measures import Curve, Knockouts
-from circuitune.report.records import Circuit, Estimate, Evaluation, ModelCard
+from circuitune.report.records import Circuit, Evaluation, ModelCard
 
 _FONT = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 INK = "#7b828c"  # where the style sheet is not applied, legible on white and on black
@@ -38,6 +39,7 @@ _STYLES = {
     "random": _Style("128,136,148", "dot", "triangle-up"),
     "least": _Style("148,120,60", "dot", "triangle-down"),
     "other_task": _Style("140,90,190", "dash", "cross"),
+    "own_circuit": _Style("140,90,190", "solid", "x"),
     "precise": _Style("213,94,0", "solid", "circle"),
     "base": _Style("128,136,148", "solid", "diamond"),
 }
@@ -155,7 +157,7 @@ def tuning_chart(records: Sequence[Evaluation], variants: Sequence[str]) -> go.F
             go.Scatter(
                 x=[estimate.value for estimate in scaled],
                 y=[tasks.index(record.task) + shifts[name] for record in own],
-                error_x=_whiskers(scaled, style),
+                error_x=whiskers(scaled, style.colour),
                 mode="markers",
                 name=escape(name),
                 marker={"color": f"rgb({style.colour})", "symbol": style.symbol, "size": 10},
@@ -247,7 +249,7 @@ def _mlp_bars(
     return go.Bar(
         x=[_mlp_layer(name) for name in names],
         y=[estimate.value for estimate in scaled],
-        error_y=_whiskers(scaled, _STYLES["base"]),
+        error_y=whiskers(scaled, _STYLES["base"].colour),
         marker={"color": [f"rgba({colour},0.7)" for colour in colours], "line": {"width": 0}},
         hovertext=[hovers[name] for name in names],
         hovertemplate="%{hovertext}<extra></extra>",
@@ -331,7 +333,8 @@ def _point_hover(curve: Curve, place: int) -> str:
     return "<br>".join(lines)
 
 
-def _whiskers(estimates: Sequence[Estimate], style: _Style) -> dict[str, object]:
+def whiskers(estimates: Sequence[Estimate], colour: str) -> dict[str, object]:
+    """Error bars to the ends of the intervals, none where there is none; `colour` as "r,g,b"."""
     ends = [(e.low, e.high) if e.has_interval else (e.value, e.value) for e in estimates]
     pairs = list(zip(estimates, ends, strict=True))
     return {
@@ -339,7 +342,7 @@ def _whiskers(estimates: Sequence[Estimate], style: _Style) -> dict[str, object]
         "symmetric": False,
         "array": [max(0.0, (high or 0.0) - e.value) for e, (_, high) in pairs],
         "arrayminus": [max(0.0, e.value - (low or 0.0)) for e, (low, _) in pairs],
-        "color": f"rgba({style.colour},0.75)",
+        "color": f"rgba({colour},0.75)",
         "thickness": 1.4,
         "width": 0,
     }

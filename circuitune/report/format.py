@@ -6,7 +6,7 @@ An interval follows its value without repeating the unit, as in `14 % [9, 21]`.
 import math
 from dataclasses import dataclass
 
-from circuitune.report.records import Estimate
+from circuitune.report.estimate import Estimate
 
 MISSING = "\u2013"
 
@@ -79,6 +79,12 @@ def tiny(value: float) -> str:
         return "0"
     mantissa, _, exponent = f"{value:.0e}".partition("e")
     return f"{mantissa}e{int(exponent)}".replace("-", "\u2212")
+
+
+def token(text: str) -> str:
+    """A token as it is told apart in print: a space is `\u2423`, what cannot be seen is escaped."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown.replace(" ", "\u2423") or "\u2205"
 
 
 def p_value(value: float) -> str:
@@ -190,6 +196,7 @@ def set_name(kind: str) -> str:
         "matched": "random, same layers",
         "random": "random",
         "least": "least important",
-        "other_task": "circuit of another task",
+        "other_task": "circuits of other tasks",
+        "own_circuit": "its own circuit",
     }
     return names.get(kind, kind.replace("_", " "))

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from circuitune.errors import UserError
-from circuitune.report import drawing, feeds, figures, summary
+from circuitune.report import drawing, feeds, figures, portraits, summary
 from circuitune.report import format as fmt
 from circuitune.report.measures import Measured
 from circuitune.report.records import Pair, Run
@@ -60,6 +60,8 @@ def page(run: Run, measured: Measured, told: Summary) -> str:
         plots={name: _embedded(chart) for name, chart in _charts(run, measured, told).items()},
         steps={step.stage: step for step in told.steps},
         feeds_caption=feeds.caption(run.circuit.feeds) if run.circuit.feeds else "",
+        kinds={curve.kind for curve in curves.curves} if curves else set(),
+        turns=_turns(run),
         noise=_noise(run),
         iterated=any(part.round is not None for part in run.circuit.components),
         mlps=run.effects["component"].str.startswith("mlp.").any(),
@@ -112,6 +114,10 @@ def _charts(run: Run, measured: Measured, told: Summary) -> dict[str, go.Figure]
     }
     if run.circuit.feeds:
         charts["feeds"] = drawing.feeds_chart(run.circuit.feeds)
+    if run.explanation:
+        charts["attention"] = portraits.attention_chart(run.explanation)
+        charts["lens"] = portraits.lens_chart(run.explanation)
+        charts["mlps"] = portraits.mlp_chart(run.explanation)
     if curves and told.knockout:
         charts["knockout"] = figures.knockout_chart(curves, task)
     if curves:
@@ -127,6 +133,12 @@ def _noise(run: Run) -> str:
     metric = run.circuit.metric
     floor = run.circuit.noise.get(metric)
     return "" if floor is None else fmt.noise_in_words(metric, floor)
+
+
+def _turns(run: Run) -> str:
+    """Where the answer starts to rise, rises most and has risen, with intervals over layers."""
+    rise = run.explanation.rise if run.explanation else {}
+    return ", ".join(f"{name} {fmt.plain(layer, digits=0)}" for name, layer in rise.items())
 
 
 def _embedded(chart: go.Figure) -> Markup:

@@ -1,6 +1,5 @@
 """Read and check a run directory; the only part of the report that touches its files."""
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,9 @@ import pandas as pd
 
 from circuitune.errors import UserError
 from circuitune.report.fields import COMPONENT, Item, Source
+from circuitune.report.frames import read_table
+from circuitune.report.load_explain import load_explanation
+from circuitune.report.load_judged import load_judgement
 from circuitune.report.records import (
     EMBEDDING,
     Circuit,
@@ -32,9 +34,17 @@ from circuitune.report.records import (
 
 _EFFECT_COLUMNS = ("component", "layer", "example", "metric", "effect")
 _KNOCKOUT_COLUMNS = ("set", "k", "draw", "ablation", "where", "task", "accuracy", "n")
-_KNOCKOUT_EXTRAS = ("low", "high", "logit_diff")
-_NUMERIC = {"layer", "example", "effect", "noise", "k", "draw", "accuracy", "n", *_KNOCKOUT_EXTRAS}
-_UNITS = {"accuracy", "low", "high"}
+_KNOCKOUT_EXTRAS = ("low", "high", "logit_diff", "kl", "kl_low", "kl_high")
+_KNOCKOUT_TEXTS = ("set", "task", "ablation", "where", "source")
+_NUMERIC = ("layer", "example", "effect", "noise", "k", "draw", "accuracy", "n")
+_STAGES = {
+    "knockout.parquet": "validate",
+    "validate.json": "validate",
+    "explain/explain.json": "explain",
+    "tune.json": "tune",
+    "eval.json": "evaluate",
+}
+_UNITS = ("accuracy", "low", "high")
 
 
 def load(run: Path) -> Run:
@@ -56,11 +66,13 @@ def load(run: Path) -> Run:
         if not source.path.is_file():
             raise UserError(f"{run} holds no {name}; run `{source.command}` first.")
     manifest = _manifest(files["manifest.json"])
-    selection, knockout, tuning, evaluations = (
+    selection, knockout, judged, explained, tuning, evaluations = (
         source if source.path.is_file() else None
         for source in (
             _source(run, "selection.json"),
             _source(run, "knockout.parquet"),
+            _source(run, "validate.json"),
+            _source(run, "explain/explain.json"),
             _source(run, "tune.json"),
             _source(run, "eval.json"),
         )
@@ -79,6 +91,8 @@ def load(run: Path) -> Run:
         effects=effects,
         circuit=circuit,
         knockout=None if knockout is None else _knockout(knockout),
+        judgement=judged and load_judgement(judged),
+        explanation=explained and load_explanation(explained),
         tuning=tuning and _tuning(tuning),
         evaluations=None if evaluations is None else _evaluations(evaluations),
     )
@@ -91,8 +105,7 @@ def stage_command(stage: str, run: Path) -> str:
 
 
 def _source(run: Path, name: str) -> Source:
-    stages = {"knockout.parquet": "validate", "tune.json": "tune", "eval.json": "evaluate"}
-    return Source(run / name, stage_command(stages.get(name, "locate"), run))
+    return Source(run / name, stage_command(_STAGES.get(name, "locate"), run))
 
 
 def _manifest(source: Source) -> Manifest:
@@ -325,35 +338,20 @@ def _knockout(source: Source) -> pd.DataFrame:
     frame = _table(source, _KNOCKOUT_COLUMNS)
     absent = [name for name in _KNOCKOUT_EXTRAS if name not in frame.columns]
     frame = frame.assign(**dict.fromkeys(absent, float("nan")))
+    if "source" not in frame.columns:
+        frame = frame.assign(source="")
     frame = frame.assign(k=frame["k"].astype(int), n=frame["n"].astype(int))
-    texts = {name: frame[name].astype(str) for name in ("set", "task", "ablation", "where")}
+    texts = {name: frame[name].astype(str) for name in _KNOCKOUT_TEXTS}
     return frame.assign(**texts)
 
 
 def _table(source: Source, columns: Sequence[str]) -> pd.DataFrame:
-    try:
-        frame = pd.read_parquet(source.path)
-    except (OSError, ValueError) as error:
-        reason = re.sub(r"\s+", " ", str(error))
-        raise source.fault("be a readable parquet file", f"reading failed ({reason})") from error
-    missing = [name for name in columns if name not in frame.columns]
-    if missing:
-        raise source.fault(f"have the columns {', '.join(columns)}", f"'{missing[0]}' is absent")
+    frame = read_table(
+        source, columns, numbers=_NUMERIC, optional=_KNOCKOUT_EXTRAS, fractions=_UNITS
+    )
     if frame.empty:
         raise source.fault("hold at least one row", "it is empty")
-    for name in _NUMERIC & set(frame.columns):
-        _check_numbers(source, frame[name], optional=name in _KNOCKOUT_EXTRAS)
     return frame
-
-
-def _check_numbers(source: Source, column: pd.Series, *, optional: bool) -> None:
-    name = column.name
-    if not pd.api.types.is_numeric_dtype(column):
-        raise source.fault(f"hold numbers in column '{name}'", f"found {column.dtype}")
-    if not optional and column.isna().any():
-        raise source.fault(f"hold a number in every row of '{name}'", "one is missing")
-    if name in _UNITS and not column.dropna().between(0, 1).all():
-        raise source.fault(f"hold fractions between 0 and 1 in '{name}'", "one is outside")
 
 
 def _check_inside(source: Source, names: Sequence[str], model: ModelCard) -> None:

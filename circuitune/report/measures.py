@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from circuitune.report.records import Estimate, Run
+from circuitune.report.estimate import Estimate
+from circuitune.report.records import Run
 from circuitune.stats import Interval, bootstrap_mean, bootstrap_means
 
 # One fixed seed: the report is a function of the run directory and nothing else.
 _SEED = 0
-_SETS = ("top", "single_pass", "other_task", "least", "matched", "random")
+_SETS = ("top", "single_pass", "own_circuit", "other_task", "least", "matched", "random")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,30 @@ class Knockouts:
 
 
 @dataclass(frozen=True)
+class Removal:
+    """One kind of set removed in one way.
+
+    Attributes:
+        kind: Which set, as in `Curve`.
+        source: The task that the set was chosen on, empty for random ones.
+        task: The task that was then asked.
+        accuracy: As in `Point`.
+        kl: KL divergence of the answers to the intact model's, in nats, where it was measured.
+        draws: Number of sets behind the means.
+    """
+
+    kind: str
+    source: str
+    task: str
+    k: int
+    ablation: str
+    where: str
+    accuracy: Estimate
+    kl: Estimate | None
+    draws: int
+
+
+@dataclass(frozen=True)
 class Measured:
     """All averages of a run.
 
@@ -80,11 +105,13 @@ class Measured:
         noise: Metric -> component -> what rounding alone does to its effect; empty where that
             was not measured.
         knockouts: The knockout curves, None before `circuitune validate`.
+        removals: The single removals at the circuit's own size; empty before that.
     """
 
     effects: Mapping[str, Mapping[str, Estimate]]
     noise: Mapping[str, Mapping[str, float]]
     knockouts: Knockouts | None
+    removals: tuple[Removal, ...]
 
 
 def measure(run: Run) -> Measured:
@@ -94,6 +121,7 @@ def measure(run: Run) -> Measured:
         effects=mean_effects(run),
         noise=noise_floors(run),
         knockouts=None if table is None else knockouts(table, run.circuit.task),
+        removals=() if table is None else removals(table, run.circuit.size),
     )
 
 
@@ -137,10 +165,40 @@ def knockouts(frame: pd.DataFrame, task: str) -> Knockouts:
     kinds = frame.groupby(["ablation", "where"], sort=False).size()
     ablation, where = ("mean", "end") if ("mean", "end") in kinds.index else kinds.idxmax()
     frame = frame[(frame["ablation"] == ablation) & (frame["where"] == where)]
+    # In its own task the circuit of a control task is no circuit of another task.
+    own = (frame["set"] == "other_task") & (frame["source"] == frame["task"])
+    frame = frame.assign(set=frame["set"].mask(own, "own_circuit"))
     present = list(frame["task"].unique())
     tasks = [task] * (task in present) + [name for name in present if name != task]
     curves = [curve for name in tasks for curve in _task_curves(frame[frame["task"] == name])]
     return Knockouts(tuple(curves), ablation=str(ablation), where=str(where))
+
+
+def removals(frame: pd.DataFrame, size: int) -> tuple[Removal, ...]:
+    """Every set of `size` components of `knockout.parquet`, by what replaces them and where.
+
+    The size is that of the further ablations, where these were measured at another one.
+
+    Args:
+        frame: The table as `load` returns it.
+        size: Of the circuit.
+    """
+    further = frame[(frame["ablation"] != "mean") | (frame["where"] != "end")]
+    if len(further) and not (further["k"] == size).any():
+        size = int(further["k"].max())
+    own = frame[frame["k"].isin((0, size))]
+    names = ["set", "source", "task", "k", "ablation", "where"]
+    return tuple(
+        Removal(
+            *map(str, key[:3]),
+            int(key[3]),
+            *map(str, key[4:]),
+            accuracy=_over_sets(rows, "accuracy", "low", "high"),
+            kl=None if rows["kl"].isna().any() else _over_sets(rows, "kl", "kl_low", "kl_high"),
+            draws=len(rows),
+        )
+        for key, rows in own.groupby(names, sort=False)
+    )
 
 
 def telling_size(curve: Curve) -> int | None:
@@ -215,19 +273,23 @@ def _point(rows: pd.DataFrame) -> Point | None:
     if rows.empty:
         return None
     accuracy = rows["accuracy"].to_numpy(dtype=float)
-    over_examples = Estimate(
-        float(accuracy.mean()), *(_known_mean(rows[end]) for end in ("low", "high"))
-    )
-    interval = bootstrap_mean(accuracy, rng=np.random.default_rng(_SEED))
-    # Draws that all agree show no spread; then the interval over examples is the honest one.
-    spread = len(rows) > 1 and interval.low < interval.high
     return Point(
         k=int(rows["k"].iloc[0]),
-        accuracy=_estimate(interval) if spread else over_examples,
+        accuracy=_over_sets(rows, "accuracy", "low", "high"),
         draws=tuple(accuracy) if len(rows) > 1 else (),
         n=int(rows["n"].iloc[0]),
         logit_diff=_known_mean(rows["logit_diff"]),
     )
+
+
+def _over_sets(rows: pd.DataFrame, name: str, low: str, high: str) -> Estimate:
+    """The mean over sets; without a spread between them, the interval is that over examples."""
+    values = rows[name].to_numpy(dtype=float)
+    interval = bootstrap_mean(values, rng=np.random.default_rng(_SEED))
+    # Draws that all agree show no spread; then the interval over examples is the honest one.
+    if len(rows) > 1 and interval.low < interval.high:
+        return _estimate(interval)
+    return Estimate(float(values.mean()), *(_known_mean(rows[end]) for end in (low, high)))
 
 
 def _known_mean(column: pd.Series) -> float | None:

@@ -10,28 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from circuitune.report.estimate import Estimate
+from circuitune.report.findings import Explanation, Judgement
+
 EMBEDDING = "embed"
 """The sender of an edge that starts at the tokens."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its interval, where the data has one; all three in the same unit."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def has_interval(self) -> bool:
-        """Whether both ends of the interval are known."""
-        return self.low is not None and self.high is not None
-
-    def scaled(self, factor: float) -> "Estimate":
-        """The same estimate in another unit; `factor` must be positive."""
-        if self.low is None or self.high is None:
-            return Estimate(self.value * factor)
-        return Estimate(self.value * factor, self.low * factor, self.high * factor)
 
 
 @dataclass(frozen=True)
@@ -297,7 +280,9 @@ class Run:
         effects: Columns `component`, `layer`, `example`, `metric`, `effect`, and where it was
             measured `noise`, what rounding alone does to the effect.
         knockout: Columns `set`, `k`, `draw`, `ablation`, `where`, `task`, `accuracy`, `n`,
-            `low`, `high`, `logit_diff`; the last three may hold NaN.
+            `low`, `high`, `logit_diff`, `kl`, `kl_low`, `kl_high`, `source` (the task that the
+            heads were chosen on); numbers from `low` on may be NaN, `source` empty.
+        judgement: `validate.json`, None where an older version validated the run.
     """
 
     path: Path
@@ -307,5 +292,7 @@ class Run:
     effects: pd.DataFrame
     circuit: Circuit
     knockout: pd.DataFrame | None
+    judgement: Judgement | None
+    explanation: Explanation | None
     tuning: Tuning | None
     evaluations: tuple[Evaluation, ...] | None

@@ -8,13 +8,15 @@ from functools import partial
 from circuitune.report import feeds
 from circuitune.report import format as fmt
 from circuitune.report.certainty import certainty
+from circuitune.report.estimate import Estimate
+from circuitune.report.explaining import Explained, explained
 from circuitune.report.format import MISSING, Cell
 from circuitune.report.headline import headline, primary_task
+from circuitune.report.judging import Judged, judged
 from circuitune.report.load import stage_command
 from circuitune.report.measures import Knockouts, Measured
 from circuitune.report.records import (
     Circuit,
-    Estimate,
     Evaluation,
     ModelCard,
     Pair,
@@ -29,6 +31,7 @@ _RANKS_SHOWN = 10
 _VARIANTS = ("base", "random", "precise")
 _STAGES = {
     "validate": "removes the components and counts the answers that survive, beside random heads",
+    "explain": "shows what the heads look at and write, and how the answer forms layer by layer",
     "tune": "trains these components alone, and as many random ones as a control",
     "evaluate": "measures arithmetic and retention before and after tuning",
 }
@@ -61,6 +64,8 @@ class Summary:
         single_pass: The first components of the paper's ranking, None where it was not made.
         knockout: Accuracy by number of components removed, None before `validate`.
         other_tasks: The same sets on other tasks, None where none were measured.
+        explained: What the heads do and how the answer forms, None before `explain`.
+        judged: Other ablations, control tasks and criteria, None before `validate`.
         tuning: One row per variant, None before `tune` and `evaluate`.
         measurements: Every record of `eval.json`, None before `evaluate`.
         steps: The stages that are still to run.
@@ -79,6 +84,8 @@ class Summary:
     edges: Table | None
     knockout: Table | None
     other_tasks: Table | None
+    explained: Explained | None
+    judged: Judged | None
     tuning: Table | None
     measurements: Table | None
     steps: tuple[Step, ...]
@@ -88,6 +95,7 @@ def build(run: Run, measured: Measured) -> Summary:
     """All tables of `run` and of its averages."""
     circuit, curves = run.circuit, measured.knockouts
     ranks = [part.id for part in circuit.components]
+    again = stage_command("validate", run.path)
     return Summary(
         title=f"{fmt.task_name(circuit.task).capitalize()} in {run.manifest.model.id}",
         headline=headline(run, curves),
@@ -102,6 +110,8 @@ def build(run: Run, measured: Measured) -> Summary:
         edges=feeds.edges_table(circuit.feeds) if circuit.feeds else None,
         knockout=None if curves is None else _knockout(curves, circuit.task),
         other_tasks=None if curves is None else _other_tasks(curves, circuit.task),
+        explained=run.explanation and explained(run.explanation),
+        judged=judged(measured.removals, run.judgement, circuit.task, again) if curves else None,
         tuning=_tuning(run),
         measurements=_measurements(run),
         steps=_steps(run),
@@ -369,6 +379,9 @@ def _measurements(run: Run) -> Table | None:
 def _steps(run: Run) -> tuple[Step, ...]:
     there = {
         "validate": run.knockout is not None,
+        # Without a head there is nothing to explain.
+        "explain": run.explanation is not None
+        or not any(c.is_head for c in run.circuit.components),
         "tune": run.tuning is not None,
         "evaluate": run.evaluations is not None,
     }

@@ -29,9 +29,15 @@ def render(summary: Summary) -> RenderableType:
         parts += [Text(line, style="dim"), Text()]
     for line in summary.brought:
         parts += [_sentence(line), Text()]
-    for table in (*located, summary.knockout, summary.other_tasks, tuning):
-        if table is not None:
+    shown, judged = summary.explained, summary.judged
+    does = (shown.heads, shown.forms) if shown else ()
+    proves = (judged.accuracy, judged.criteria) if judged else ()
+    for table in (*located, *does, summary.knockout, summary.other_tasks, *proves, tuning):
+        if table is not None and table.rows:
             parts += [_FittedTable(table), Text()]
+    notes = (*shown.notes, *shown.forms_notes) if shown else ()
+    for line in (*notes, judged.note if judged else ""):
+        parts += [Text(line, style="dim"), Text()] if line else []
     for step in summary.steps:
         parts.append(Text.assemble(("next  ", "dim"), (step.command, "bold")))
         parts.append(Padding(Text(step.gives, style="dim"), (0, 0, 0, 6)))

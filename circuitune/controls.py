@@ -8,9 +8,10 @@ kept; a task with too few of them is dropped, and the counts say so.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,9 +19,10 @@ from circuitune.models import Model
 from circuitune.pairs import Pair, Split, Writing, answers_correctly, encode_text
 
 # Most pairs of a half; as many again may be tried.
-PER_SPLIT = 24
+PER_SPLIT = 48
 # Fewer in a half say nothing.
 LEAST = 8
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 WORDS = (
     *("apple", "river", "stone", "table", "horse", "music", "paper", "window", "garden", "bottle"),
@@ -64,9 +66,11 @@ CAPITALS = (
 
 @dataclass(frozen=True)
 class Question:
-    """A clean and a corrupt prompt that end with one space, and the answer without a space.
+    """A clean and a corrupt prompt, and the answer without a space.
 
-    Questions of one ``group`` share their content and are never split.
+    The prompts end with one space, which may move in front of the answer (`Writing`). Prompts that
+    end otherwise, such as ``"281 + 135 = 4"``, are followed by the answer as they are. Questions
+    of one ``group`` share their content and are never split.
     """
 
     clean: str
@@ -83,8 +87,9 @@ class Control:
     Attributes:
         name: the task.
         pairs: pairs of both halves that the model answers; empty where they are too few.
-        facts: how many prompts were ``tried``, had an answer of ``one_token``, were ``correct``,
-            and the pairs kept in ``select`` and ``test``.
+        facts: how many prompts were ``tried``, had an answer of ``one_token``, were ``correct``;
+            of those with one token, how many have the ``commonest`` answer, which a model that
+            always says it would get right; and the pairs kept in ``select`` and ``test``.
     """
 
     name: str
@@ -186,43 +191,103 @@ def make_controls(
         taken: names that other tasks have already; these controls are left out.
         seed: draws and splits the questions.
     """
-    prefix = str(selection.get("prefix", ""))
+    found = []
+    for name in (name for name in KINDS if name not in taken):
+        rng = random.Random(f"{seed}/{name}")
+        halves = halve(KINDS[name].make(rng), rng)
+        writing = writing_of(selection, digits=KINDS[name].digits)
+        found.append(keep(model, name, halves, writing, per_split=PER_SPLIT, batch=2 * PER_SPLIT))
+    return found
+
+
+def writing_of(selection: dict[str, Any], *, digits: bool) -> Writing:
+    """How a task's prompts are written in a run.
+
+    Args:
+        selection: content of ``selection.json``.
+        digits: whether the answers are digits, which stand where the run found them to be one
+            token; words have their space in front of them.
+    """
     spaced = bool(selection.get("spaced_answer", False))
-    return [
-        _control(model, name, Writing(prefix, spaced if kind.digits else True), seed)
-        for name, kind in KINDS.items()
-        if name not in taken
-    ]
+    return Writing(str(selection.get("prefix", "")), spaced if digits else True)
 
 
-def _control(model: Model, name: str, writing: Writing, seed: int) -> Control:
-    rng = random.Random(f"{seed}/{name}")
-    drawn = KINDS[name].make(rng)
-    questions = list({question.clean: question for question in drawn}.values())
-    groups = sorted({question.group for question in questions})
+def halve(
+    questions: Sequence[Question], rng: random.Random, known: Mapping[str, Split] | None = None
+) -> dict[Split, list[Question]]:
+    """Share questions out to the two halves, all of one group to one; repeated ones are left out.
+
+    Args:
+        questions: the questions, in the order in which they are to be tried.
+        rng: draws the half of each group that is not known.
+        known: groups that have a half already.
+    """
+    sides: dict[str, Split] = dict(known or {})
+    groups = sorted({question.group for question in questions} - sides.keys())
     chosen = set(rng.sample(groups, (len(groups) + 1) // 2))
+    sides |= {group: "select" if group in chosen else "test" for group in groups}
+    halves: dict[Split, list[Question]] = {split: [] for split in SPLITS}
+    for question in {question.clean: question for question in questions}.values():
+        halves[sides[question.group]].append(question)
+    return halves
+
+
+def keep(
+    model: Model,
+    name: str,
+    halves: Mapping[Split, Sequence[Question]],
+    writing: Writing,
+    *,
+    per_split: int,
+    batch: int,
+    batches: int = 1,
+) -> Control:
+    """Try questions on a model and keep those with a one-token answer that it gets right.
+
+    Args:
+        model: the model.
+        name: the task.
+        halves: questions of each half, in the order in which they are tried.
+        writing: how they are written.
+        per_split: most pairs of a half.
+        batch: questions of a half that are tried at once.
+        batches: most batches of a half; no more are run than give enough pairs.
+
+    Returns:
+        the task, without pairs where a half has fewer than `LEAST` or all with the same answer.
+    """
     kept: list[Pair] = []
-    facts = {"tried": 0, "one_token": 0, "correct": 0, "select": 0, "test": 0}
-    halves: tuple[Split, ...] = ("select", "test")
-    for split in halves:
-        mine = [q for q in questions if (q.group in chosen) == (split == "select")]
-        tried = [_pair(name, question, writing, split) for question in mine[: 2 * PER_SPLIT]]
-        single = [pair for pair in tried if answer_token(model.tokenizer, pair) is not None]
-        correct = _answered(model, single)
-        counts = (len(tried), len(single), len(correct))
-        for fact, count in zip(("tried", "one_token", "correct"), counts, strict=True):
-            facts[fact] += count
-        facts[split] = min(PER_SPLIT, len(correct))
-        kept += correct[:PER_SPLIT]
-    enough = min(facts["select"], facts["test"]) >= LEAST and all(
-        len({pair.answer for pair in kept if pair.split == split}) > 1 for split in halves
+    answers: Counter[str] = Counter()
+    facts = dict.fromkeys(("tried", "one_token", "correct", "commonest", *SPLITS), 0)
+    for split in SPLITS:
+        mine: list[Pair] = []
+        for start in range(0, batches * batch, batch):
+            asked = halves[split][start : start + batch]
+            tried = [_pair(name, question, writing, split) for question in asked]
+            single = [pair for pair in tried if answer_token(model.tokenizer, pair) is not None]
+            correct = _answered(model, single)
+            answers.update(pair.answer for pair in single)
+            counts = (len(tried), len(single), len(correct))
+            for fact, count in zip(("tried", "one_token", "correct"), counts, strict=True):
+                facts[fact] += count
+            mine += correct
+            if len(mine) >= per_split:
+                break
+        kept += mine[:per_split]
+        facts[split] = min(per_split, len(mine))
+    facts["commonest"] = max(answers.values(), default=0)
+    enough = min(facts[split] for split in SPLITS) >= LEAST and all(
+        len({pair.answer for pair in kept if pair.split == split}) > 1 for split in SPLITS
     )
     return Control(name, tuple(kept) if enough else (), facts)
 
 
 def _pair(name: str, question: Question, writing: Writing, split: Split) -> Pair:
-    clean, answer = writing.write(question.clean, question.answer)
-    corrupt, _ = writing.write(question.corrupt, "")
+    clean, answer = writing.prefix + question.clean, question.answer
+    corrupt = writing.prefix + question.corrupt
+    if question.clean.endswith(" "):
+        clean, answer = writing.write(question.clean, question.answer)
+        corrupt, _ = writing.write(question.corrupt, "")
     return Pair(clean, corrupt, answer, name, question.template, split, question.group)
 
 

@@ -7,9 +7,18 @@ import numpy as np
 import pytest
 
 from circuitune import controls
-from circuitune.controls import KINDS, LEAST, PER_SPLIT, answer_token, make_controls
+from circuitune.controls import (
+    KINDS,
+    LEAST,
+    PER_SPLIT,
+    Question,
+    answer_token,
+    halve,
+    keep,
+    make_controls,
+)
 from circuitune.models import Model
-from circuitune.pairs import Pair
+from circuitune.pairs import Pair, Writing
 
 SELECTION = {"prefix": "Math:\n", "spaced_answer": False}
 
@@ -59,13 +68,15 @@ def test_halves_are_full_and_share_no_group(tiny: Callable[..., Model]) -> None:
     assert not {pair.clean for pair in select} & {pair.clean for pair in test}
     assert all(pair.clean.startswith("Math:\n") for pair in numbers.pairs)
     assert all(pair.task == "copy_number" for pair in numbers.pairs)
+    commonest = numbers.facts.pop("commonest")
+    assert 4 * PER_SPLIT / 10 <= commonest < PER_SPLIT
     assert numbers.facts == {
         **{"tried": 4 * PER_SPLIT, "one_token": 4 * PER_SPLIT, "correct": 4 * PER_SPLIT},
         **{"select": PER_SPLIT, "test": PER_SPLIT},
     }
     again = make_controls(tiny(), SELECTION)[0]
-    assert again == numbers
-    assert make_controls(tiny(), SELECTION, seed=1)[0] != numbers
+    assert again.pairs == numbers.pairs
+    assert make_controls(tiny(), SELECTION, seed=1)[0].pairs != numbers.pairs
 
 
 @pytest.mark.usefixtures("knows_all")
@@ -106,3 +117,61 @@ def test_the_real_model_answers_all_three(smollm2: Model) -> None:
         assert facts["correct"] <= facts["one_token"] <= facts["tried"]
         assert len(control.of("select")) == facts["select"] >= LEAST
         assert len(control.of("test")) == facts["test"] >= LEAST
+
+
+def asked(*groups: str) -> list[Question]:
+    """Questions of some groups."""
+    return [Question(f"{place}: ", f"{place}# ", "1", "", g) for place, g in enumerate(groups)]
+
+
+def test_known_groups_keep_their_half_and_the_others_are_shared_out() -> None:
+    groups = [*"aabbccddee", "3,5", "2,2"]
+    known = {"3,5": "test", "2,2": "select"}
+    halves = halve(asked(*groups), random.Random(0), known)
+    inside = {split: {question.group for question in side} for split, side in halves.items()}
+    assert inside["select"] & inside["test"] == set()
+    assert inside["select"] | inside["test"] == set(groups)
+    assert "2,2" in inside["select"]
+    assert "3,5" in inside["test"]
+    assert len(inside["select"]) == 4
+    assert halve(asked(*groups) * 2, random.Random(0), known) == halves
+
+
+def test_a_prompt_that_ends_within_its_answer_goes_on_without_space(
+    tiny: Callable[..., Model], knows_all: None
+) -> None:
+    del knows_all
+    halves = {
+        split: [
+            Question(f"{place} + 13 = 4", f"{place} @ 13 = 4", str(place % 10), "t", str(place))
+            for place in places
+        ]
+        for split, places in (("select", range(20, 30)), ("test", range(30, 40)))
+    }
+    kept = keep(tiny(), "sums", halves, Writing("P\n", spaced_answer=True), per_split=8, batch=16)
+    assert [pair.clean for pair in kept.of("select")][:2] == ["P\n20 + 13 = 4", "P\n21 + 13 = 4"]
+    assert kept.pairs[0].corrupt == "P\n20 @ 13 = 4"
+    assert kept.pairs[0].answer == "0"
+
+
+def test_more_questions_are_tried_only_until_there_are_enough(
+    tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One of four prompts is right, so 16 questions at a time give 4 pairs; answers come in fours.
+    monkeypatch.setattr(controls, "answers_correctly", lambda _, p, __: np.arange(len(p)) % 4 == 0)
+    halves = {
+        split: [
+            Question(f"{split} {place} ", "# ", str(place // 4 % 10), "t", split)
+            for place in range(200)
+        ]
+        for split in ("select", "test")
+    }
+    writing = Writing("", spaced_answer=False)
+    kept = keep(tiny(), "t", halves, writing, per_split=8, batch=16, batches=3)
+    assert kept.facts == {"tried": 64, "one_token": 64, "correct": 16} | {
+        **{"commonest": 8, "select": 8, "test": 8}
+    }
+    short = keep(tiny(), "t", halves, writing, per_split=8, batch=16, batches=1)
+    assert short.facts["tried"] == 2 * 16
+    assert short.facts["select"] == 4
+    assert short.pairs == ()

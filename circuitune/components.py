@@ -198,6 +198,12 @@ def all_components(layers: int, heads: int) -> tuple[Component, ...]:
     )
 
 
+def parse_heads(names: Iterable[str]) -> tuple[Head, ...]:
+    """The heads among the names of components, in their order."""
+    parts = (parse_component(name) for name in names)
+    return tuple(part for part in parts if isinstance(part, Head))
+
+
 def check_components(parts: Iterable[Component], layers: int, heads: int) -> None:
     """Refuse components that a model of this size does not have.
 

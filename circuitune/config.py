@@ -41,7 +41,9 @@ class LocateConfig:
     """Measure the direct effect of every head and MLP and choose a circuit."""
 
     rule: str = option(
-        "iterated", "How heads are chosen: iterated, single (one sweep) or paper (see --cut)."
+        "iterated",
+        "How heads are chosen: iterated, single (one sweep), paper (see --cut) or joint (the "
+        "smallest set that destroys --targets and spares control tasks; slower).",
     )
     most: int = option(13, "Most heads that are ranked.", least=1)
     cut: float = option(
@@ -58,6 +60,12 @@ class LocateConfig:
         least=0,
     )
     exact: bool = option(False, "All heads on all pairs, whatever --race and --screen say.")
+    targets: tuple[str, ...] = option(
+        (), "With --rule joint: tasks to destroy, of those in the pairs; by default the first."
+    )
+    left: float = option(0.3, "With --rule joint: most accuracy that may be left of a target.")
+    harm: float = option(0.03, "With --rule joint: most accuracy that control tasks may lose.")
+    share: float = option(0.02, "With --rule joint: largest share of all heads, at least 2 heads.")
     graph: bool = option(True, "Trace who feeds the chosen heads, down to the tokens.")
     draws: int = option(2000, "Bootstrap draws behind each interval.", least=100)
     seed: int = option(0, "Seed of every random choice.", least=0)
@@ -95,6 +103,26 @@ class ExplainConfig:
     mlps: int = option(3, "Strongest MLPs whose neurons are measured; 0 is none.", least=0)
     neurons: int = option(20, "Neurons that are measured in each of these MLPs.", least=1)
     draws: int = option(2000, "Bootstrap draws behind each interval.", least=100)
+    seed: int = option(0, "Seed of every random choice.", least=0)
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """Knock out heads found on one task in all others, and see what tuning did to the heads."""
+
+    tasks: tuple[str, ...] = option(
+        ("all",), "Tasks beside the run's own, see `circuitune.sources`; all, or none."
+    )
+    data_dir: str | None = option(
+        None, "Folder with public data sets, or `hub`; by default word problems are left out."
+    )
+    heads: int = option(0, "Heads that each task gives; 0 takes the circuit's number.", least=0)
+    overlap: int = option(10, "Heads of each task that are compared with each other's.", least=1)
+    per_split: int = option(32, "Most pairs per task in each half (select, test).", least=8)
+    controls: int = option(5, "Layer-matched random sets that are knocked out too.", least=0)
+    questions: int = option(
+        300, "Multiple-choice questions per data set with --data-dir; 0 is none.", least=0
+    )
     seed: int = option(0, "Seed of every random choice.", least=0)
 
 

@@ -16,17 +16,19 @@ from tqdm.auto import tqdm
 
 from circuitune import ranks
 from circuitune.attribution import agreement, attribute
-from circuitune.components import Circuit, Head
+from circuitune.components import Choice, Circuit, Head
 from circuitune.config import LocateConfig
+from circuitune.controls import make_controls
 from circuitune.effects import EffectTable, Metric, grouped_p_values
 from circuitune.errors import UserError
 from circuitune.graph import trace
+from circuitune.joint import check_joint, joint_selection, panel
 from circuitune.memory import check_fits
 from circuitune.models import Model
 from circuitune.pairs import PairSet, encode
 from circuitune.patching import noise_floor
 from circuitune.runs import write_json
-from circuitune.selection import check_rule, choices, exactly, select
+from circuitune.selection import all_heads, check_rule, choices, exactly, select
 from circuitune.stats import (
     advise_sample_size,
     benjamini_hochberg,
@@ -72,7 +74,10 @@ def locate(model: Model, config: LocateConfig, run: Path, work: Path) -> None:
     heads = table.select([part for part in table.components if isinstance(part, Head)])
     floor = noise(model, task)
     effects_frame(table, floor).to_parquet(work / "effects.parquet", index=False)
-    found, rule, size = select(model, task, heads, config, rng)
+    if config.rule == "joint":
+        found, rule, size = together(model, pair_set, config, rng)
+    else:
+        found, rule, size = select(model, task, heads, config, rng)
     circuit = Circuit(tuple(found), name, model.source, rule, size)
     content = circuit.to_json() | {
         "noise": {metric: float(values.max()) for metric, values in floor.items()},
@@ -85,6 +90,33 @@ def locate(model: Model, config: LocateConfig, run: Path, work: Path) -> None:
     if config.graph:
         content["graph"] = ranks.first(lambda: traced(model, pair_set, circuit, config, work))
     write_json(work / "circuit.json", content)
+
+
+def together(
+    model: Model, pair_set: PairSet, config: LocateConfig, rng: np.random.Generator
+) -> tuple[list[Choice], dict[str, Any], int]:
+    """Choose by `circuitune.joint`: targets from the run's pairs, control tasks to spare.
+
+    Raises:
+        UserError: a target has no pairs, or a goal is out of range.
+    """
+    check_joint(config)
+    names = config.targets or pair_set.tasks[:1]
+    for name in names:
+        if name not in pair_set.tasks:
+            raise UserError(
+                f"--targets must be among {', '.join(pair_set.tasks)}, found {name!r}; correct the "
+                "name or add it to --operators."
+            )
+    targets = {name: pair_set.of(name, "select") for name in names}
+    controls = make_controls(
+        model, pair_set.selection, taken=pair_set.tasks, seed=pair_set.selection.get("seed", 0)
+    )
+    spared = {item.name: item.of("select") for item in controls if item.pairs}
+    watched = panel(model, targets, spared, pair_set.answers)
+    task = prepare(model, [pair for own in targets.values() for pair in own], pair_set.answers)
+    heads = sweep(model, task, senders=all_heads(model))
+    return joint_selection(model, watched, task, heads, config, rng)
 
 
 def _tell(text: str) -> None:

@@ -241,6 +241,7 @@ def make_pairs(model: Model, config: PairsConfig) -> PairSet:
         pairs, tasks[operator.id] = _select(model, operator, mine, writing, config)
         kept += pairs
     selection = {
+        "seed": config.seed,
         "prefixes": trials,
         "prefix": writing.prefix,
         "answer_policy": writing.policy,
@@ -372,6 +373,7 @@ def own_pairs(model: Model, config: PairsConfig) -> PairSet:
     except UserError:  # own answers need not be digits; only tuning on arithmetic would
         spaced = False
     selection = {
+        "seed": config.seed,
         "prefixes": [],
         "prefix": "",
         "answer_policy": "Own pairs: the answer is one token; all answers are admissible.",

@@ -32,6 +32,7 @@ RULES = {
     "iterated": "iterated path patching",
     "single": "one sweep by logit difference",
     "paper": "one sweep by relative logit, cut as in Zhang et al. (2024)",
+    "joint": "joint selection by exact knockouts of sets",
 }
 
 
@@ -62,7 +63,7 @@ def choices(
 def select(
     model: Model, task: Task, heads: EffectTable, config: LocateConfig, rng: np.random.Generator
 ) -> tuple[list[Choice], dict[str, Any], int]:
-    """Rank up to ``config.most`` heads by the rule that the options name.
+    """Rank up to ``config.most`` heads by the rule that the options name, but for ``joint``.
 
     Args:
         model: the model.
@@ -112,6 +113,11 @@ def check_rule(config: LocateConfig, processes: int = 1) -> None:
             f"--race must be a confidence below 1 (0 turns it off), found {config.race}; try 0.95."
         )
     fast = [name for name in ("race", "screen") if getattr(config, name)]
+    if config.rule == "joint" and processes > 1:
+        raise UserError(
+            f"--rule joint works in one process, {processes} were started; start it without a "
+            "launcher."
+        )
     if fast and (config.rule != "iterated" or len(fast) > 1 or processes > 1):
         raise UserError(
             f"--{fast[0]} speeds up the rounds of --rule iterated, alone and in one process, found "

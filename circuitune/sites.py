@@ -17,7 +17,7 @@ Context managers, all restored on leaving, also after an exception:
 Batches are padded on the left, hence END is position -1 everywhere.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -225,6 +225,38 @@ class _Writer:
             self.model.layer(part.layer).register_forward_pre_hook(before),
             self.model.part(part.layer, self.model.family.mlp).register_forward_hook(after),
         ]
+
+
+@contextmanager
+def blend(
+    model: Model,
+    shares: Float[Tensor, "layer head"],
+    values: Float[Tensor, "layer example z"],
+) -> Iterator[None]:
+    """Move every head's output at END towards a value while the model runs; keeps gradients.
+
+    Args:
+        model: the model to edit.
+        shares: how far each head moves, 0 (its own output) to 1 (the value).
+        values: where the heads of a layer move to, one row per prompt of the batch.
+    """
+
+    def hook_of(layer: int) -> Callable[..., Any]:
+        share = shares[layer].repeat_interleave(model.d_head)
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            z = args[0]
+            own = z[:, -1:]
+            last = own + share.to(z.dtype) * (values[layer][:, None].to(z.dtype) - own)
+            return (torch.cat([z[:, :-1], last], dim=1), *args[1:])
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in range(model.layers):
+            out = model.part(layer, model.family.out)
+            stack.callback(out.register_forward_pre_hook(hook_of(layer)).remove)
+        yield
 
 
 @contextmanager

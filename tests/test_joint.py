@@ -1,0 +1,167 @@
+"""Joint selection: sets are measured exactly, and the rules pick the set that they say."""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from circuitune.components import Head
+from circuitune.config import LocateConfig
+from circuitune.effects import measure
+from circuitune.errors import UserError
+from circuitune.joint import Left, Panel, beam_search, check_joint, in_order, largest, panel
+from circuitune.masks import by_mask, learn_mask
+from circuitune.models import Model
+from circuitune.pairs import Pair
+from tests.planted import build
+from tests.reference.slow_knockout import head_outputs, logits_without
+from tests.test_validate import planted_task
+
+A, B, C, D = (Head(0, index) for index in range(4))
+
+
+def pairs_of(task: str, sign: str, top: int) -> list[Pair]:
+    """One-digit problems of a task; a random model need not know them."""
+    return [
+        Pair(f"{a} {sign} {b} = ", f"{a} @ {b} = ", str((a + b) % 10), task, "", "select", f"{a}")
+        for a in range(1, top)
+        for b in range(2, 4)
+    ]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def watched(request: pytest.FixtureRequest, tiny: Callable[..., Model]) -> Panel:
+    """Two targets and a spared task with answers of its own, on a tiny model."""
+    words = [Pair(f"say {w}: ", "say #: ", w, "copy", "", "select", w) for w in "xyz"]
+    targets = {"add": pairs_of("add", "+", 5), "sub": pairs_of("sub", "-", 4)}
+    return panel(tiny(request.param), targets, {"copy": words}, [str(d) for d in range(10)])
+
+
+@pytest.mark.parametrize("heads", [(Head(1, 0),), (Head(0, 2), Head(2, 1), Head(3, 3))])
+def test_what_is_left_equals_plain_hooks(watched: Panel, heads: tuple[Head, ...]) -> None:
+    model, pairs = watched.model, watched.task.pairs
+    found = watched.left(heads)
+    for name, rows in watched.rows.items():
+        outputs = [head_outputs(model, pairs.corrupt[row]) for row in rows]
+        given = {
+            head: torch.stack(
+                [
+                    layers[head.layer][-1, head.index * model.d_head :][: model.d_head]
+                    for layers in outputs
+                ]
+            ).mean(dim=0)
+            for head in heads
+        }
+        whole = torch.stack(
+            [logits_without(model, pairs.clean[row], given, slice(-1, None)) for row in rows]
+        )
+        tokens = np.array(pairs.candidates)[pairs.answers[rows]]
+        # Only the answers of the task compete; digits are all admissible.
+        own = sorted(set(tokens) | (set(pairs.candidates[:10]) if name != "copy" else set()))
+        places = np.array([own.index(token) for token in tokens])
+        difference = measure(whole[:, own].numpy(), places)["logit_diff"].mean()
+        assert found.logit_diff[name] == pytest.approx(difference, abs=1e-9)
+        assert found.accuracy[name] == (whole[:, own].argmax(-1).numpy() == places).mean()
+        assert watched.answered(heads)[name] == (whole.argmax(-1).numpy() == tokens).mean()
+
+
+def test_a_set_is_measured_once(watched: Panel) -> None:
+    before = len(watched.measured)
+    first = watched.left([Head(2, 0), Head(1, 1)])
+    assert watched.left([Head(1, 1), Head(2, 0)]) is first
+    assert len(watched.measured) == before + 1
+
+
+def test_every_task_has_the_same_weight(watched: Panel) -> None:
+    weights = watched.weights()
+    sums = {name: weights[rows].sum() for name, rows in watched.rows.items()}
+    assert sums == pytest.approx({"add": 0.5, "sub": 0.5, "copy": -1.0})
+
+
+# ------------------------------------------------------------------------------ the choice of sets
+
+
+def hand_made(accuracy: Callable[[frozenset], tuple[float, float]]) -> Panel:
+    """A panel of four heads whose every set is measured already, as (target, spared)."""
+    found = object.__new__(Panel)  # no model: nothing is left to measure
+    for name, value in (("targets", ("sum",)), ("spared", ("copy",)), ("measured", {})):
+        object.__setattr__(found, name, value)
+    for size in range(5):
+        for heads in itertools.combinations((A, B, C, D), size):
+            target, spared = accuracy(frozenset(heads))
+            left = {"sum": target, "copy": spared}
+            found.measured[frozenset(heads)] = Left(left, dict.fromkeys(left, 0.0))
+    return found
+
+
+def backups(heads: frozenset) -> tuple[float, float]:
+    """B and C back each other up; A alone does a little; D serves every task."""
+    target = 1.0 - 0.1 * (A in heads) - 0.75 * ({B, C} <= heads) - 0.8 * (D in heads)
+    return max(target, 0.0), 0.2 if D in heads else 1.0
+
+
+def test_the_beam_finds_backups_and_spares_what_all_tasks_need() -> None:
+    watched = hand_made(backups)
+    sets = beam_search(watched, (A, B, C, D), 3, harm=0.03)
+    assert sets == [[A], [B, C], [A, B, C]]
+    assert in_order(watched, [A, B, C], harm=0.03)[0] == A
+    assert watched.harm([D]) == {"copy": 0.8}
+
+
+def test_less_harm_is_better_than_a_little_more_damage() -> None:
+    watched = hand_made(backups)
+    assert watched.loss([B, C], harm=0.03) < watched.loss([D], harm=0.03)
+    assert watched.loss([A, B, C], harm=0.03) < watched.loss([B, C], harm=0.03)
+
+
+# -------------------------------------------------------------------------------------- the mask
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_mask_finds_the_planted_heads(seed: int) -> None:
+    planted = build(seed)
+    task = planted_task(planted)
+    count = len(planted.answers)
+    everything = np.ones((count, len(task.pairs.candidates)), dtype=bool)
+    mask = learn_mask(planted.model, task, everything, np.full(count, 1 / count), steps=40)
+    assert set(by_mask(mask)[:2]) == set(planted.heads)
+    assert ((mask >= 0) & (mask <= 1)).all()
+
+
+def test_a_mask_leaves_a_spared_task_alone() -> None:
+    planted = build(3)
+    task = planted_task(planted)
+    count = len(planted.answers)
+    everything = np.ones((count, len(task.pairs.candidates)), dtype=bool)
+    mask = learn_mask(planted.model, task, everything, np.full(count, -1 / count), steps=40)
+    assert mask.max() < 0.1
+
+
+def test_a_mask_leaves_no_trace(tiny: Callable[..., Model]) -> None:
+    model = tiny("llama")
+    watched = panel(model, {"add": pairs_of("add", "+", 4)}, {})
+    before = {name: value.clone() for name, value in model.hf.state_dict().items()}
+    lengths = [batch.cache.get_seq_length() for batch in watched.task.prompts.batches]
+    learn_mask(model, watched.task, watched.admissible, watched.weights(), steps=2)
+    assert [b.cache.get_seq_length() for b in watched.task.prompts.batches] == lengths
+    assert all(torch.equal(value, before[n]) for n, value in model.hf.state_dict().items())
+    assert not any(layer._forward_pre_hooks for layer in model.hf.modules())
+    assert all(parameter.grad is None for parameter in model.hf.parameters())
+
+
+# ------------------------------------------------------------------------------------ the options
+
+
+def test_the_largest_set_is_a_share_of_the_heads(tiny: Callable[..., Model]) -> None:
+    model = tiny("llama")  # 16 heads
+    assert largest(model, LocateConfig(share=0.02)) == 2
+    assert largest(model, LocateConfig(share=0.5)) == 8
+    assert largest(model, LocateConfig(share=0.5, most=3)) == 3
+
+
+@pytest.mark.parametrize("options", [{"left": 0.0}, {"harm": 1.0}, {"share": 2.0}])
+def test_goals_out_of_range_are_refused(options: dict) -> None:
+    with pytest.raises(UserError, match="a share between 0 and 1"):
+        check_joint(LocateConfig(**options))

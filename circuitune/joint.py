@@ -36,9 +36,13 @@ from circuitune.tasks import Task, prepare
 
 PROPOSERS = ("iterated", "greedy", "mask", "single_pass")
 # Sets that the beam search carries on from each size to the next.
-BEAM = 3
+BEAM = 2
 # Heads that each ranking contributes to the pool of the beam search.
-POOL = 16
+POOL = 12
+# Heads that a round of the iterated ranking measures exactly, the best by a gradient estimate.
+SCREEN = 40
+# Pairs of each task that the search looks at; what it proposes is judged on all.
+SEARCHED = 32
 # Weight of what spared tasks lose, and of a logit, against the accuracy of the targets.
 HARM_WEIGHT, LOGIT_WEIGHT = 2.0, 0.02
 
@@ -143,6 +147,8 @@ def panel(
     targets: Mapping[str, Sequence[Pair]],
     spared: Mapping[str, Sequence[Pair]],
     answers: Sequence[str] = (),
+    *,
+    most: int | None = None,
 ) -> Panel:
     """Run all pairs of some tasks together; every task keeps the mean over its own corrupt runs.
 
@@ -151,8 +157,9 @@ def panel(
         targets: pairs of each task to destroy.
         spared: pairs of each task to keep.
         answers: further admissible answers, of the targets and of tasks that share one with them.
+        most: most pairs of a task; all by default.
     """
-    every = {**targets, **spared}
+    every = {name: own[:most] for name, own in {**targets, **spared}.items()}
     pairs = [pair for own in every.values() for pair in own]
     task = prepare(model, pairs, answers)
     ends = np.cumsum([0, *(len(own) for own in every.values())])
@@ -189,6 +196,7 @@ def _averaged_by(states: EndStates, blocks: Sequence[Sequence[int]]) -> EndState
 def joint_selection(
     model: Model,
     watched: Panel,
+    searched: Panel,
     target: Task,
     table: EffectTable,
     config: LocateConfig,
@@ -199,6 +207,7 @@ def joint_selection(
     Args:
         model: the model.
         watched: the tasks to destroy and to spare, select half.
+        searched: the same with fewer pairs of each task, for the search.
         target: the pairs of all tasks to destroy as one task, for the rankings.
         table: direct effects of all heads on ``target`` in the intact model.
         config: options.
@@ -210,10 +219,10 @@ def joint_selection(
     """
     check_joint(config)
     most = largest(model, config)
-    rankings = _rankings(model, watched, target, table, config, rng)
+    rankings = _rankings(model, searched, target, table, config, rng)
     pool = list(dict.fromkeys(head for ranking in rankings.values() for head in ranking[:POOL]))
     sets = {name: [ranking[:k] for k in range(1, most + 1)] for name, ranking in rankings.items()}
-    sets["greedy"] = beam_search(watched, pool, most, config.harm)
+    sets["greedy"] = beam_search(searched, pool, most, config.harm)
     proposals = [
         _proposal(watched, name, heads, config) for name in PROPOSERS for heads in sets[name]
     ]
@@ -229,7 +238,7 @@ def joint_selection(
         "pairs": {name: len(rows) for name, rows in watched.rows.items()},
         "goal": {"left": config.left, "harm": config.harm, "reached": chosen["reached"]},
         "by": chosen["by"],
-        "evaluated_sets": len(watched.measured),
+        "evaluated_sets": len(watched.measured) + len(searched.measured),
         "proposals": proposals,
         "curve": _curve(watched, order),
     }
@@ -258,17 +267,19 @@ def largest(model: Model, config: LocateConfig) -> int:
 
 def _rankings(
     model: Model,
-    watched: Panel,
+    searched: Panel,
     target: Task,
     table: EffectTable,
     config: LocateConfig,
     rng: np.random.Generator,
 ) -> dict[str, list[Head]]:
     """Heads in the order of each proposer but the beam search, and of one sweep."""
-    iterated, _ = iterated_selection(model, target, replace(config, draws=100), rng)
+    quick = replace(config, draws=100, most=POOL, race=0.0, screen=SCREEN)
+    iterated, _ = iterated_selection(model, target, quick, rng)
+    mask = learn_mask(model, searched.task, searched.admissible, searched.weights())
     return {
         "iterated": _heads(choice.component for choice in iterated),
-        "mask": by_mask(learn_mask(model, watched.task, watched.admissible, watched.weights())),
+        "mask": by_mask(mask),
         "single_pass": _heads(table.rank("relative_logit")),
         "direct": _heads(table.rank("logit_diff")),
     }

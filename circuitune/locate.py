@@ -22,7 +22,7 @@ from circuitune.controls import make_controls
 from circuitune.effects import EffectTable, Metric, grouped_p_values
 from circuitune.errors import UserError
 from circuitune.graph import trace
-from circuitune.joint import check_joint, joint_selection, panel
+from circuitune.joint import SEARCHED, check_joint, joint_selection, panel
 from circuitune.memory import check_fits
 from circuitune.models import Model
 from circuitune.pairs import PairSet, encode
@@ -75,7 +75,7 @@ def locate(model: Model, config: LocateConfig, run: Path, work: Path) -> None:
     floor = noise(model, task)
     effects_frame(table, floor).to_parquet(work / "effects.parquet", index=False)
     if config.rule == "joint":
-        found, rule, size = together(model, pair_set, config, rng)
+        found, rule, size = together(model, pair_set, task, heads, config, rng)
     else:
         found, rule, size = select(model, task, heads, config, rng)
     circuit = Circuit(tuple(found), name, model.source, rule, size)
@@ -93,9 +93,22 @@ def locate(model: Model, config: LocateConfig, run: Path, work: Path) -> None:
 
 
 def together(
-    model: Model, pair_set: PairSet, config: LocateConfig, rng: np.random.Generator
+    model: Model,
+    pair_set: PairSet,
+    task: Task,
+    heads: EffectTable,
+    config: LocateConfig,
+    rng: np.random.Generator,
 ) -> tuple[list[Choice], dict[str, Any], int]:
     """Choose by `circuitune.joint`: targets from the run's pairs, control tasks to spare.
+
+    Args:
+        model: the model.
+        pair_set: the run's pairs.
+        task: the first of its tasks.
+        heads: direct effects of all heads on it.
+        config: options.
+        rng: draws intervals.
 
     Raises:
         UserError: a target has no pairs, or a goal is out of range.
@@ -114,9 +127,12 @@ def together(
     )
     spared = {item.name: item.of("select") for item in controls if item.pairs}
     watched = panel(model, targets, spared, pair_set.answers)
-    task = prepare(model, [pair for own in targets.values() for pair in own], pair_set.answers)
-    heads = sweep(model, task, senders=all_heads(model))
-    return joint_selection(model, watched, task, heads, config, rng)
+    searched = panel(model, targets, spared, pair_set.answers, most=SEARCHED)
+    if tuple(names) != (pair_set.tasks[0],):
+        pooled = [pair for own in targets.values() for pair in own]
+        task = prepare(model, pooled, pair_set.answers)
+        heads = sweep(model, task, senders=all_heads(model))
+    return joint_selection(model, watched, searched, task, heads, config, rng)
 
 
 def _tell(text: str) -> None:

@@ -21,7 +21,7 @@ from circuitune.prompts import Batch
 from circuitune.sites import blend
 from circuitune.tasks import Task
 
-RATE = 0.15
+RATE = 0.2
 # Every head starts nearly untouched, where the sigmoid still has a slope.
 START = -2.0
 # What ablating a whole head costs, in logits of the answer.
@@ -36,7 +36,7 @@ def learn_mask(
     admissible: Bool[np.ndarray, "example candidate"],
     weights: Float[np.ndarray, " example"],
     *,
-    steps: int = 60,
+    steps: int = 40,
 ) -> Float[np.ndarray, "layer head"]:
     """How much of each head is ablated, between 0 and 1, after gradient descent (Adam).
 

@@ -1,17 +1,31 @@
 """Joint selection: sets are measured exactly, and the rules pick the set that they say."""
 
 import itertools
+import json
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from circuitune import cli
 from circuitune.components import Head
 from circuitune.config import LocateConfig
 from circuitune.effects import measure
 from circuitune.errors import UserError
-from circuitune.joint import Left, Panel, beam_search, check_joint, in_order, largest, panel
+from circuitune.joint import (
+    PROPOSERS,
+    Left,
+    Panel,
+    beam_search,
+    check_joint,
+    in_order,
+    largest,
+    panel,
+)
 from circuitune.masks import by_mask, learn_mask
 from circuitune.models import Model
 from circuitune.pairs import Pair
@@ -165,3 +179,60 @@ def test_the_largest_set_is_a_share_of_the_heads(tiny: Callable[..., Model]) -> 
 def test_goals_out_of_range_are_refused(options: dict) -> None:
     with pytest.raises(UserError, match="a share between 0 and 1"):
         check_joint(LocateConfig(**options))
+
+
+# ------------------------------------------------------------------------------ on the command line
+
+
+@pytest.fixture(scope="module")
+def selected(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run by joint selection against two tasks of a random model, validated."""
+    folder = tmp_path_factory.mktemp("joint")
+    both = [*pairs_of("add", "+", 7), *pairs_of("sub", "-", 7)]
+    halves = [asdict(pair) | {"split": split} for pair in both for split in ("select", "test")]
+    lines = [json.dumps(item | {"group": item["group"] + item["split"]}) for item in halves]
+    (folder / "own.jsonl").write_text("\n".join(lines))
+    run = folder / "run"
+    locate = ["locate", tiny_folder, "--out", run, "--pairs", folder / "own.jsonl", "--no-graph"]
+    joint = ["--rule", "joint", "--targets", "add,sub", "--share", "0.2", "--left", "0.001"]
+    cli.app([str(word) for word in (*locate, *joint)], standalone_mode=False)
+    sizes = ["--sizes", "1", "--controls", "2", "--where", "end", "--ablations", "mean"]
+    cli.app(["validate", str(run), *sizes], standalone_mode=False)
+    return run
+
+
+def test_every_proposal_is_judged_on_both_halves(selected: Path) -> None:
+    circuit = json.loads((selected / "circuit.json").read_text())
+    rule = circuit["rule"]
+    proposals = {(item["by"], item["k"]): item for item in rule["proposals"]}
+    assert set(proposals) == set(itertools.product(PROPOSERS, (1, 2, 3)))  # 20 % of 16 heads
+    assert rule["targets"] == ["add", "sub"]
+    table = pd.read_parquet(selected / "knockout.parquet").query("set == 'proposal'")
+    for (by, k), item in proposals.items():
+        rows = table[(table["source"] == by) & (table["k"] == k)]
+        assert list(rows["heads"]) == [" ".join(item["heads"])] * 2
+        assert set(rows["task"]) == {"add", "sub"}
+
+
+def test_the_smallest_set_that_reaches_the_goal_is_the_circuit(selected: Path) -> None:
+    circuit = json.loads((selected / "circuit.json").read_text())
+    proposals = circuit["rule"]["proposals"]
+    reached = [item for item in proposals if item["reached"]]
+    heads = {item["id"] for item in circuit["components"]}
+    assert circuit["size"] == len(heads)
+    if reached:
+        assert len(heads) == min(item["k"] for item in reached)
+    else:
+        best = min(proposals, key=lambda item: item["loss"])
+        assert heads == set(best["heads"])
+    # A random model answers nothing, so nothing is left whatever is ablated.
+    for item in proposals:
+        assert item["reached"] == (max(item["accuracy"].values()) <= 0.001)
+
+
+def test_unknown_targets_are_refused(selected: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    words = ["locate", tiny_folder, "--out", tmp_path / "run", "--rule", "joint"]
+    words += ["--pairs", selected.parent / "own.jsonl", "--targets", "add,pow"]
+    with pytest.raises(UserError, match="among add, sub, found 'pow'"):
+        cli.app([str(word) for word in words], standalone_mode=False)
+    assert not (tmp_path / "run" / "circuit.json").exists()

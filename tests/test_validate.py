@@ -12,7 +12,7 @@ import torch
 from circuitune import cli
 from circuitune.components import Circuit, Head
 from circuitune.config import ValidateConfig
-from circuitune.controls import Control
+from circuitune.controls import PER_SPLIT, Control
 from circuitune.criteria import Sampler, draw_subsets, interval_json, judge
 from circuitune.effects import EffectTable, measure
 from circuitune.errors import UserError
@@ -352,7 +352,7 @@ def test_dropped_controls_are_stated(run: Path) -> None:
     content = json.loads((run / "validate.json").read_text())
     facts = {item["task"]: item for item in content["controls"]}
     assert set(facts) == {"copy_number", "copy_word", "capital"}
-    assert facts["copy_number"]["tried"] == facts["copy_number"]["one_token"] == 96
+    assert facts["copy_number"]["tried"] == facts["copy_number"]["one_token"] == 4 * PER_SPLIT
     assert facts["copy_word"]["one_token"] == 0  # one token per byte
     assert not any(item["kept"] for item in facts.values())
 

@@ -35,9 +35,13 @@ IMPLEMENTATION: dict[str, tuple[str, type]] = {
     "locate": ("circuitune.locate:locate", configs.LocateConfig),
     "validate": ("circuitune.validate:validate", configs.ValidateConfig),
     "explain": ("circuitune.explain:explain", configs.ExplainConfig),
+    "transfer": ("circuitune.transfer:transfer", configs.TransferConfig),
     "tune": ("circuitune.tune:tune", configs.TuneConfig),
     "evaluate": ("circuitune.evaluate:evaluate", configs.EvaluateConfig),
 }
+
+# Stages of `circuitune run`; transfer takes its time and is asked for by itself.
+DEFAULT_STAGES = ("pairs", "locate", "validate", "explain", "tune", "evaluate")
 
 # Commands, and their stages, on which several processes work together (`circuitune.ranks`).
 SHARED = ("locate", "validate")
@@ -273,7 +277,7 @@ def check(
 
 
 @app.command("run")
-@with_options("pairs", "locate", "validate", "explain", "tune", "evaluate")
+@with_options(*DEFAULT_STAGES)
 def run_all(
     model: ModelName,
     out: Out,
@@ -284,11 +288,10 @@ def run_all(
     max_memory: MaxMemory = None,
 ) -> None:
     """Everything in order: pairs, locate, validate, explain, tune, evaluate, report."""
-    names = tuple(IMPLEMENTATION)
-    options = stage_options(values | {"config": config}, *names)
+    options = stage_options(values | {"config": config}, *DEFAULT_STAGES)
     load = {"device": device, "dtype": dtype, "max_memory": max_memory}
     with _create(model, out, load) as loaded:
-        for name, option in zip(names, options, strict=True):
+        for name, option in zip(DEFAULT_STAGES, options, strict=True):
             run_stage(name, out, option, loaded)
     report(out)
 
@@ -326,6 +329,14 @@ def explain_command(run: RunFolder, values: dict[str, Any], config: ConfigFile =
     """What the chosen heads look at and write, and what the MLPs make of it."""
     (options,) = stage_options(values | {"config": config}, "explain")
     run_stage("explain", run, options, _open(run))
+
+
+@app.command("transfer")
+@with_options("transfer")
+def transfer_command(run: RunFolder, values: dict[str, Any], config: ConfigFile = None) -> None:
+    """Knock out heads found on one task in all others; compare the tuned model's effects."""
+    (options,) = stage_options(values | {"config": config}, "transfer")
+    run_stage("transfer", run, options, _open(run))
 
 
 @app.command("tune")

@@ -181,7 +181,7 @@ def _checked(item: Field, value: Any) -> Any:
     kind = (get_args(item.type) or (item.type,))[0]
     parts = value if several and isinstance(value, list | tuple) else (value,)
     parts = tuple(float(part) if kind is float and type(part) is int else part for part in parts)
-    if not parts or not all(type(part) is kind for part in parts):
+    if (not parts and item.default) or not all(type(part) is kind for part in parts):
         wanted = f"one or more values, each {KINDS[kind]}" if several else KINDS[kind]
         raise UserError(f"{item.name} must be {wanted}, found {value!r}; correct it.")
     least = item.metadata["least"]

@@ -39,7 +39,6 @@ and under ``notes`` why a table lacks something. Own pairs have no operands: the
 ``before``, ``changed``, ``after`` and ``end``.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,14 @@ from torch import Tensor
 
 from circuitune import attention, neurons, readout
 from circuitune.attention import Label, vote
-from circuitune.components import Circuit, Component, Head, Mlp, parse_component
+from circuitune.components import (
+    Circuit,
+    Component,
+    Head,
+    Mlp,
+    check_components,
+    parse_component,
+)
 from circuitune.config import ExplainConfig
 from circuitune.effects import EffectTable
 from circuitune.errors import UserError
@@ -62,7 +68,7 @@ from circuitune.pairs import PairSet, Writing, encode_text
 from circuitune.patching import EndStates, end_states, finish, first_choice
 from circuitune.prompts import prefill
 from circuitune.readout import Frozen, Stream
-from circuitune.runs import write_json
+from circuitune.runs import damaged, read_circuit, write_json
 from circuitune.stats import resample_counts
 from circuitune.subjects import OPERANDS, SPREAD, Means, Subject, kinds_of, look_at
 from circuitune.tasks import sweep
@@ -110,7 +116,8 @@ def explain(model: Model, config: ExplainConfig, run: Path, work: Path) -> None:
     Raises:
         UserError: the circuit has no heads, or its task no held-out pairs.
     """
-    record = json.loads((run / "circuit.json").read_text(encoding="utf-8"))
+    record, circuit = read_circuit(run)
+    check_components(circuit.heads, model.layers, model.heads)
     heads, graph = chosen(record)
     pair_set = PairSet.load(run)
     subject = look_at(
@@ -207,7 +214,10 @@ def effect_labels(
 
     Empty without a graph.
     """
-    values = pd.read_parquet(run / "paths.parquet")
+    try:
+        values = pd.read_parquet(run / "paths.parquet")
+    except (OSError, ValueError) as error:
+        raise damaged(run / "paths.parquet", error) from error
     totals = record.get("graph", {}).get("totals", {})
     if values.empty or not totals:
         return {}

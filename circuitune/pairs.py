@@ -34,6 +34,7 @@ from circuitune.models import Model
 from circuitune.patching import end_states, first_choice, sweep_seconds
 from circuitune.problems import Operator, Problem, enumerate_problems, split_groups, templates
 from circuitune.prompts import prefill
+from circuitune.runs import damaged
 from circuitune.stats import proportion
 
 Split = Literal["select", "test"]
@@ -134,7 +135,8 @@ def encode(
         if token is None:
             raise UserError(
                 f"An answer must be one token after its prompt, {pair.answer!r} after "
-                f"{pair.clean!r} is not; shorten the answer or move the space between them."
+                f"{pair.clean!r} is not; shorten the answer or move the space between them, or "
+                "locate anew if the tokenizer has changed."
             )
     context = pairs[0].clean if pairs else ""
     extra = [_answer_token(tokenizer, context, answer) for answer in answers]
@@ -207,11 +209,21 @@ class PairSet:
 
     @classmethod
     def load(cls, folder: Path) -> "PairSet":
-        """Read both files."""
-        selection = json.loads((folder / "selection.json").read_text(encoding="utf-8"))
-        # Not splitlines: a text may hold U+2028 and its like, which JSON leaves unescaped.
-        lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").split("\n")
-        return cls(tuple(Pair(**json.loads(line)) for line in lines if line), selection)
+        """Read both files.
+
+        Raises:
+            UserError: one of them is absent or damaged.
+        """
+        path = folder / "selection.json"
+        try:
+            selection = dict(json.loads(path.read_text(encoding="utf-8")))
+            path = folder / "pairs.jsonl"
+            # Not splitlines: a text may hold U+2028 and its like, which JSON leaves unescaped.
+            lines = path.read_text(encoding="utf-8").split("\n")
+            pairs = tuple(Pair(**json.loads(line)) for line in lines if line)
+        except (OSError, ValueError, TypeError) as error:
+            raise damaged(path, error) from error
+        return cls(pairs, selection)
 
 
 def answers_correctly(

@@ -266,8 +266,8 @@ def _records(name: str, data_dir: Path | None) -> Iterator[_Record]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"The data set {name} must lie at {path}, it cannot be read there ({error}); give "
-                "its folder with --data-dir, or leave --data-dir out, `pip install datasets` and "
-                "have a network."
+                "its folder with --data-dir, or --data-dir hub with `pip install datasets` and a "
+                "network."
             ) from error
         kind = path.stem if len(files) > 1 else ""
         for number, fields in enumerate(_parse(text, path), start=1):

@@ -3,7 +3,7 @@
 A stage writes into a hidden folder inside the run directory; when it has finished, its files are
 renamed into place and recorded in ``manifest.json`` with their sha256. A stage is skipped when
 its options, its model, the content of its input files and the content of its outputs are what
-they were.
+they were. A stage that was interrupted goes on where it was, if it keeps its `Progress`.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -25,19 +25,27 @@ from pathlib import Path
 from typing import Any
 
 from circuitune import __version__
+from circuitune.components import Circuit
 from circuitune.errors import UserError
 
 MANIFEST = "manifest.json"
 PAIRS = ("pairs.jsonl", "selection.json")
+# Files of a checkpoint that make the model, and how much of a long one is read to know it again.
+MODEL_FILES = (".safetensors", ".gguf", ".json", ".txt", ".model", ".jinja")
+SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage reads and writes, as paths inside the run directory."""
+    """What a stage reads and writes, as paths inside the run directory.
+
+    ``optional`` are inputs that it does without where they are absent.
+    """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
 
 STAGES = {
@@ -52,6 +60,12 @@ STAGES = {
         ),
         Stage(
             "explain", (*PAIRS, "effects.parquet", "circuit.json", "paths.parquet"), ("explain",)
+        ),
+        Stage(
+            "transfer",
+            (*PAIRS, "effects.parquet", "circuit.json"),
+            ("transfer.parquet", "transfer.json"),
+            ("tuned", "tune.json"),
         ),
         Stage("tune", (*PAIRS, "effects.parquet", "circuit.json"), ("tuned", "tune.json")),
         Stage("evaluate", (*PAIRS, "tuned", "tune.json"), ("eval.json",)),
@@ -114,6 +128,37 @@ def fingerprint(model: str) -> str:
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
     facts = [(str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return hashlib.sha256(repr((model, facts)).encode()).hexdigest() if facts else model
+
+
+def identity(model: str) -> str:
+    """A text that is the same for a copy of a model, and differs for another one in its place.
+
+    Of files it is a hash of names, sizes and contents; of long files a sample is read, spread
+    evenly, since other weights differ nearly everywhere. The name of a hub model is its own.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        return fingerprint(model)
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    known = hashlib.sha256()
+    for file in files:
+        if file.suffix in MODEL_FILES and file.is_file():
+            known.update(repr((file.name, file.stat().st_size)).encode())
+            known.update(_sample(file))
+    return known.hexdigest()
+
+
+def _sample(path: Path) -> bytes:
+    """The content of a file, or evenly spread parts of a long one."""
+    size = path.stat().st_size
+    if size <= SAMPLES * SAMPLE_BYTES:
+        return path.read_bytes()
+    parts = []
+    with path.open("rb") as file:
+        for number in range(SAMPLES):
+            file.seek(number * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+            parts.append(file.read(SAMPLE_BYTES))
+    return b"".join(parts)
 
 
 @contextmanager
@@ -213,7 +258,7 @@ def digest(path: Path) -> str:
 def stage_key(run: Path, stage: Stage, config: Any) -> str:
     """Content hash of everything that a stage's result depends on."""
     manifest = read_manifest(run)
-    inputs = {name: digest(run / name) for name in stage.inputs}
+    inputs = {name: digest(run / name) for name in (*stage.inputs, *stage.optional)}
     extra = getattr(config, "pairs", None) or getattr(config, "retention", None)
     content = {
         "stage": stage.name,
@@ -237,19 +282,54 @@ def is_done(run: Path, stage: Stage, config: Any) -> bool:
 
 
 def require_inputs(run: Path, stage: Stage) -> None:
-    """Refuse to start a stage whose input files another stage has yet to write.
+    """Refuse to start a stage whose input files are absent, or were made with another model.
 
     Raises:
-        UserError: an input is missing.
+        UserError: an input is missing, or the files of the model have changed since.
     """
+    manifest = read_manifest(run)
+    model = manifest["model"].get("id", "")
+    now = None
     for name in stage.inputs:
+        maker = next(other.name for other in STAGES.values() if name in other.outputs)
         if not (run / name).exists():
-            maker = next(other.name for other in STAGES.values() if name in other.outputs)
             maker = "locate MODEL --out" if maker in ("pairs", "locate") else maker
             raise UserError(
                 f"`circuitune {stage.name}` needs {name}, {run} does not hold it; run "
                 f"`circuitune {maker} {run}` first."
             )
+        made_with = manifest["stages"].get(maker, {}).get("model")
+        now = now or identity(model)
+        # Of a model that is gone, its name alone is left: loading says so.
+        if made_with is not None and now not in (made_with, model):
+            raise UserError(
+                f"A run must go on with the model that it was made with, {model} has other files "
+                f"now than when {name} was made; put the old ones back, or start anew with "
+                f"`circuitune locate {model} --out {run}`."
+            )
+
+
+def read_circuit(run: Path) -> tuple[dict[str, Any], Circuit]:
+    """The content of ``circuit.json``, and the circuit in it.
+
+    Raises:
+        UserError: the file is absent or damaged, or names something that is no component.
+    """
+    path = run / "circuit.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record, Circuit.from_json(record)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    """The error for a file of a run directory that cannot be read as what it should be."""
+    return UserError(
+        f"{path} must be as `circuitune locate` wrote it, it cannot be read "
+        f"({type(error).__name__}: {str(error)[:120]}); restore the file or run "
+        f"`circuitune locate MODEL --out {path.parent}` again."
+    )
 
 
 @contextmanager
@@ -265,6 +345,7 @@ def writing(run: Path, stage: Stage, config: Any, *, processes: int = 1) -> Iter
         processes: how many work on it; noted, but not hashed, since results do not depend on it.
     """
     key = stage_key(run, stage, config)
+    made_with = identity(read_manifest(run)["model"]["id"])
     started = time.monotonic()
     work = Path(tempfile.mkdtemp(prefix=f".{stage.name}-", dir=run))
     try:
@@ -280,14 +361,74 @@ def writing(run: Path, stage: Stage, config: Any, *, processes: int = 1) -> Iter
         manifest["config"][stage.name] = asdict(config)
         manifest["stages"][stage.name] = {
             "hash": key,
+            "model": made_with,
             "seconds": round(time.monotonic() - started, 2),
             "processes": processes,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "outputs": {name: digest(run / name) for name in stage.outputs},
         }
         write_json(run / MANIFEST, manifest)
+        for path in run.glob(f".{stage.name}-parts-*"):  # also of attempts with other options
+            path.unlink(missing_ok=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Finished parts of a stage, kept in the run directory until the stage is done.
+
+    A stage that was interrupted, or killed, finds them again if nothing that it depends on has
+    changed; see `progress`.
+
+    Attributes:
+        path: a file of JSON lines, made with the first part; None where this process does not see
+            the run directory.
+        done: value by name of the part.
+    """
+
+    path: Path | None
+    done: dict[str, Any]
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """The value of a part, plain JSON data: from before, or made now and kept."""
+        if name not in self.done:
+            line = json.dumps([name, make()])
+            # Read back also now, so that a result does not depend on whether it was interrupted.
+            self.done[name] = json.loads(line)[1]
+            if self.path is not None:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(f"\n{line}")  # first the break: the line before may be cut off
+        return self.done[name]
+
+    def forget(self) -> None:
+        """Remove the file; the stage has all it needs."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def progress(run: Path, stage: Stage, config: Any, *, process: str = "") -> Progress:
+    """The parts of a stage that an interrupted attempt has finished.
+
+    The name of their file tells all that they depend on, see `stage_key`; a line that was cut off
+    is left out. `writing` removes the files of all attempts when the stage is done.
+
+    Args:
+        run: the run directory.
+        stage: the stage.
+        config: its options.
+        process: name of this process where several share the work, each its own parts.
+    """
+    if not (run / MANIFEST).is_file():
+        return Progress(None, {})
+    path = run / f".{stage.name}-parts-{stage_key(run, stage, config)[:20]}{process}.jsonl"
+    done: dict[str, Any] = {}
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.split("\n"):
+        with suppress(ValueError, TypeError):
+            name, value = json.loads(line)
+            done[name] = value
+    return Progress(path, done)
 
 
 def note_model(run: Path, facts: dict[str, Any]) -> None:

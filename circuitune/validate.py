@@ -8,7 +8,9 @@ ablations and places of `circuitune.knockout` stand beside it. Beside the top-k 
 - ``single_pass``: the paper's ranking of one sweep;
 - ``matched``: random heads, as many in each layer as the top-k set; ``random``: from anywhere;
 - ``least``: the heads that move the answer least in the sweep, by mean absolute effect;
-- ``other_task``: the circuit of a control task (`circuitune.controls`), made by the same rule.
+- ``other_task``: the circuit of a control task (`circuitune.controls`), made by the same rule;
+- ``proposal``: after joint selection every set that was proposed (`circuitune.joint`), in all
+  tasks; ``source`` names who proposed it.
 
 The first four never hold a head of the set that they are compared with; the circuit of another
 task may, since it is what it is. The circuit is also knocked out in the control tasks, which it
@@ -17,10 +19,10 @@ should spare, and each control's circuit in its own task, where it should matter
 `circuitune.criteria` adds whether the circuit is faithful, complete and minimal.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from circuitune import ranks
-from circuitune.components import Circuit, Head, check_components, parse_component
+from circuitune.components import Circuit, Head, check_components, parse_heads
 from circuitune.config import LocateConfig, ValidateConfig
 from circuitune.controls import KINDS, Control, make_controls
 from circuitune.criteria import Sampler, judge
@@ -48,7 +50,7 @@ from circuitune.knockout import (
 from circuitune.models import Model
 from circuitune.pairs import PairSet
 from circuitune.ranks import Share
-from circuitune.runs import write_json
+from circuitune.runs import STAGES, Progress, damaged, progress, read_circuit, write_json
 from circuitune.selection import RULES, all_heads, iterated_selection
 from circuitune.sites import Where
 from circuitune.stats import Interval
@@ -83,6 +85,12 @@ class Job:
     ablation: Ablation = "mean"
     where: Where = "end"
 
+    def __str__(self) -> str:
+        """A name that no other job of a run has."""
+        own = self.knockout
+        parts = (own.kind, own.k, own.draw, own.source, self.ablation, self.where)
+        return "/".join(map(str, ("knockout", self.task, *parts)))
+
 
 @dataclass(frozen=True)
 class Rankings:
@@ -92,11 +100,13 @@ class Rankings:
         top: of the circuit, most important first.
         single_pass: of the paper's sweep.
         least: all heads of the sweep, the least important first.
+        proposals: sets of joint selection, by whom and of what size.
     """
 
     top: tuple[Head, ...]
     single_pass: tuple[Head, ...]
     least: tuple[Head, ...]
+    proposals: tuple[tuple[str, tuple[Head, ...]], ...] = ()
 
 
 def matched_heads(
@@ -161,6 +171,8 @@ def plan(
         least = tuple(head for head in rankings.least if head not in top)[:k]
         if len(least) == k:
             yield Knockout("least", k, 0, least, circuit.task)
+    for by, heads in rankings.proposals:
+        yield Knockout("proposal", len(heads), 0, heads, by)
 
 
 def own_size(circuit: Circuit, config: ValidateConfig) -> int:
@@ -206,9 +218,10 @@ def control_circuit(
     """The k heads of a control task, by the rule that chose the circuit, on its select half.
 
     The iterated rule screens with a gradient estimate; what it then chooses is measured exactly.
+    It stands in for joint selection, which needs further tasks to spare.
     """
     task = prepare(model, control.of("select"), answers)
-    if rule.get("name") != RULES["iterated"]:
+    if rule.get("name") not in (RULES["iterated"], RULES["joint"]):
         metric = rule.get("metric", "logit_diff")
         order = sweep(model, task, senders=all_heads(model)).rank(metric)
     else:
@@ -247,18 +260,23 @@ class Others:
 
 
 def find_others(
-    model: Model, pair_set: PairSet, circuit: Circuit, k: int, *, seed: int, share: Share
+    model: Model, pair_set: PairSet, circuit: Circuit, k: int, *, share: Share, parts: Progress
 ) -> Others:
     """Make the control tasks and find the k heads of each; processes share the tasks."""
+    # The seed of the pairs, so that joint selection has seen the select halves alone.
+    seed = pair_set.selection.get("seed", 0)
     controls = make_controls(model, pair_set.selection, taken=pair_set.tasks, seed=seed)
     kept = [control for control in controls if control.pairs]
     answers = {c.name: pair_set.answers if KINDS[c.name].digits else () for c in kept}
-    found = [
-        control_circuit(model, control, answers[control.name], circuit.rule, k)
-        for control in share.of(kept)
-    ]
+
+    def find(control: Control) -> list[str]:
+        heads = control_circuit(model, control, answers[control.name], circuit.rule, k)
+        return [str(head) for head in heads]
+
+    found = [parts.once(f"heads/{item.name}", partial(find, item)) for item in share.of(kept)]
+    circuits = map(parse_heads, share.collect(found))
     names = [control.name for control in kept]
-    return Others(controls, dict(zip(names, share.collect(found), strict=True)), answers)
+    return Others(controls, dict(zip(names, circuits, strict=True)), answers)
 
 
 def all_jobs(
@@ -272,7 +290,8 @@ def all_jobs(
     names = [name for name in tasks if name not in others.circuits]
     jobs = [Job(name, Knockout("top", 0, 0, (), circuit.task)) for name in tasks]
     for item in planned:
-        everywhere = {"top": tasks, "single_pass": names}.get(item.kind, (circuit.task,))
+        reach = {"top": tasks, "proposal": tasks, "single_pass": names}
+        everywhere = reach.get(item.kind, (circuit.task,))
         jobs += [Job(name, item) for name in everywhere]
     sizes = sorted({item.k for item in planned if item.k <= size})
     for draw, (source, heads) in enumerate(others.circuits.items()):
@@ -357,23 +376,30 @@ def validate(model: Model, config: ValidateConfig, run: Path, work: Path) -> Non
     check_components(rankings.least, model.layers, model.heads)
     pair_set = ranks.first(lambda: PairSet.load(run))
     size, share = own_size(circuit, config), ranks.share()
+    process = f"-{ranks.rank()}-of-{ranks.world()}"
+    parts = progress(run, STAGES["validate"], config, process=process)
     planned = list(plan(model, rankings, circuit, config))
     others = Others([], {}, {})
     if config.control_tasks:
-        others = find_others(model, pair_set, circuit, size, seed=config.seed, share=share)
+        others = find_others(model, pair_set, circuit, size, share=share, parts=parts)
     halves = {name: pair_set.of(name, "test") for name in pair_set.tasks}
     tasks = {n: prepare(model, pairs, pair_set.answers) for n, pairs in halves.items() if pairs}
     for control in others.controls:
         if control.pairs:
             answers = others.answers[control.name]
             tasks[control.name] = prepare(model, control.of("test"), answers)
+    if circuit.task not in tasks:
+        raise UserError(
+            f"The test half must hold pairs of {circuit.task}, the circuit's task, {run} has none; "
+            "add some and locate again."
+        )
     jobs = all_jobs(planned, others, list(tasks), circuit, size)
     jobs += further_jobs(planned, kinds, circuit.task, size)
     spare = spare_for(
         model, tasks[circuit.task], share.of(jobs), np.random.default_rng(config.seed)
     )
     rows = [
-        run_job(model, tasks[job.task], job, spare, config.seed)
+        parts.once(str(job), partial(run_job, model, tasks[job.task], job, spare, config.seed))
         for job in tqdm(share.of(jobs), desc="knockout", disable=None, leave=False)
     ]
     whole = share.collect(rows)
@@ -381,21 +407,31 @@ def validate(model: Model, config: ValidateConfig, run: Path, work: Path) -> Non
     frame = pd.DataFrame([row for row in whole if row]).sort_values(order, kind="stable")
     frame.to_parquet(work / "knockout.parquet", index=False)
     heads = rankings.top[:size]
+    judged = partial(judge, model, tasks[circuit.task], heads, seed=config.seed, share=share)
     content = {
         "task": circuit.task,
         "ablation": f"mean over {data_of(circuit.task)}, at END",
-        **judge(model, tasks[circuit.task], heads, seed=config.seed, share=share),
+        # Several processes judge together, so none may find its part done before.
+        **(parts.once("criteria", judged) if share.world == 1 else judged()),
         "controls": others.to_json(heads),
         "without_donor": sum(row is None for row in whole),
     }
     write_json(work / "validate.json", content)
+    parts.forget()
 
 
 def read_rankings(run: Path) -> tuple[Circuit, Rankings]:
-    """The circuit of a run, and the orders that `locate` put the heads in."""
-    record = json.loads((run / "circuit.json").read_text(encoding="utf-8"))
-    circuit = Circuit.from_json(record)
-    single = (parse_component(item["id"]) for item in record["single_pass"]["components"])
-    heads = tuple(part for part in single if isinstance(part, Head))
+    """The circuit of a run, and the orders that `locate` put the heads in.
+
+    Raises:
+        UserError: ``circuit.json`` or ``effects.parquet`` is damaged.
+    """
+    record, circuit = read_circuit(run)
+    try:
+        heads = parse_heads(item["id"] for item in record["single_pass"]["components"])
+        made = circuit.rule.get("proposals", ())
+        proposals = tuple((item["by"], parse_heads(item["heads"])) for item in made)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise damaged(run / "circuit.json", error) from error
     table = EffectTable.load(run / "effects.parquet")
-    return circuit, Rankings(circuit.heads, heads, least_important(table))
+    return circuit, Rankings(circuit.heads, heads, least_important(table), proposals)

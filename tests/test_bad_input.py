@@ -13,9 +13,9 @@ import pytest
 import torch
 from gguf import GGUFWriter
 from tokenizers import normalizers
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from circuitune import cli
+from circuitune import cli, runs
 from tests.conftest import byte_tokenizer, tiny_hf
 
 Refused = Callable[..., str]
@@ -199,11 +199,16 @@ def test_encoder_only_model(refused: Refused, out: Path, tmp_path: Path) -> None
     assert not out.parent.exists()
 
 
-def test_tokenizer_without_one_token_digits(refused: Refused, out: Path, checkpoint: Path) -> None:
+def digits_in_two_tokens() -> PreTrainedTokenizerFast:
+    """A tokenizer that writes another letter in front of every digit."""
     tokenizer = byte_tokenizer()
     split = [normalizers.Replace(str(digit), f"x{digit}") for digit in range(10)]
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(split)
-    tokenizer.save_pretrained(checkpoint)
+    return tokenizer
+
+
+def test_tokenizer_without_one_token_digits(refused: Refused, out: Path, checkpoint: Path) -> None:
+    digits_in_two_tokens().save_pretrained(checkpoint)
     message = refused("locate", checkpoint, "--out", out)
     assert "one-token pairs with --pairs FILE.jsonl" in message
     assert not out.parent.exists()
@@ -310,7 +315,7 @@ def test_failing_command_leaves_an_earlier_run_as_it_was(
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("command", ["validate", "tune", "evaluate"])
+@pytest.mark.parametrize("command", ["validate", "explain", "transfer", "tune", "evaluate"])
 def test_folder_that_is_no_run(refused: Refused, tmp_path: Path, command: str) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     message = refused(command, tmp_path)
@@ -338,6 +343,12 @@ def test_damaged_manifest(refused: Refused, run: Path, text: str) -> None:
     ("command", "absent", "next_step"),
     [
         ("validate", "circuit.json", "circuitune locate MODEL --out"),
+        ("validate", "effects.parquet", "circuitune locate MODEL --out"),
+        ("explain", "circuit.json", "circuitune locate MODEL --out"),
+        ("explain", "effects.parquet", "circuitune locate MODEL --out"),
+        ("explain", "paths.parquet", "circuitune locate MODEL --out"),
+        ("transfer", "circuit.json", "circuitune locate MODEL --out"),
+        ("transfer", "pairs.jsonl", "circuitune locate MODEL --out"),
         ("tune", "circuit.json", "circuitune locate MODEL --out"),
         ("tune", "effects.parquet", "circuitune locate MODEL --out"),
         ("tune", "selection.json", "circuitune locate MODEL --out"),
@@ -360,18 +371,137 @@ def test_stage_before_the_one_that_it_needs(
     assert contents(run) == before
 
 
-def test_delta_of_another_base(
-    refused: Refused, run: Path, run_of_a_copy: tuple[Path, Path]
+LATER = ("validate", "explain", "transfer --tasks none")
+
+
+@pytest.mark.parametrize("command", [*LATER, "evaluate --problems 2"])
+def test_other_weights_in_the_same_place(
+    refused: Refused, run: Path, run_of_a_copy: tuple[Path, Path], command: str
 ) -> None:
     model, _ = run_of_a_copy
     own = (model / "model.safetensors").read_bytes()
     before = contents(run)
     tiny_hf("llama", seed=1).float().save_pretrained(model)
     try:
-        message = refused("evaluate", run, "--problems", 2)
+        name, *options = command.split()
+        message = refused(name, run, *options)
     finally:
         (model / "model.safetensors").write_bytes(own)
-    assert "load that model" in message
+    assert f"{model} has other files now than when" in message
+    assert f"start anew with `circuitune locate {model} --out {run}`" in message
+    assert contents(run) == before
+
+
+def test_a_copy_of_the_model_is_the_model(run: Path, run_of_a_copy: tuple[Path, Path]) -> None:
+    """Nothing but the time of its files differs; further files do not count."""
+    weights = run_of_a_copy[0] / "model.safetensors"
+    (run_of_a_copy[0] / "README.md").write_text("about the model")
+    before = weights.stat()
+    os.utime(weights, ns=(1, 1))
+    try:
+        runs.require_inputs(run, runs.STAGES["validate"])
+    finally:
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+        (run_of_a_copy[0] / "README.md").unlink()
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("command", LATER)
+def test_another_tokenizer_in_the_same_place(
+    refused: Refused, run: Path, run_of_a_copy: tuple[Path, Path], command: str, known: bool
+) -> None:
+    """Also in a run that does not say what its model looked like, or of a model of the hub."""
+    model, _ = run_of_a_copy
+    if not known:
+        manifest = json.loads((run / "manifest.json").read_text())
+        for entry in manifest["stages"].values():
+            del entry["model"]
+        (run / "manifest.json").write_text(json.dumps(manifest))
+    own = (model / "tokenizer.json").read_bytes()
+    before = contents(run)
+    digits_in_two_tokens().save_pretrained(model)
+    try:
+        name, *options = command.split()
+        message = refused(name, run, *options)
+    finally:
+        (model / "tokenizer.json").write_bytes(own)
+    if known:
+        assert "has other files now than when pairs.jsonl was made" in message
+    else:
+        assert "An answer must be one token after its prompt" in message
+        assert "or locate anew if the tokenizer has changed" in message
+        manifest = (run / "manifest.json").read_bytes()
+        before["manifest.json"] = manifest  # sizes of the model are noted
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("command", LATER)
+def test_heads_that_the_model_lacks(refused: Refused, run: Path, command: str) -> None:
+    record = json.loads((run / "circuit.json").read_text())
+    record["components"][0]["id"] = "9.9"
+    (run / "circuit.json").write_text(json.dumps(record))
+    before = contents(run)
+    name, *options = command.split()
+    message = refused(name, run, *options)
+    assert "must lie in layers 0-3 and heads 0-3, found 9.9" in message
+    assert "check that the file belongs to this model" in message
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("command", LATER)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("circuit.json", "{"),
+        ("circuit.json", "[]"),
+        ("circuit.json", '{"task": "sums", "model": "x", "components": [{"id": "1.1"}]}'),
+        ("circuit.json", "\udcff"),
+        ("pairs.jsonl", '{"clean": "1 + 1 = "}'),
+        ("pairs.jsonl", "{"),
+        ("selection.json", "[1]"),
+        ("selection.json", ""),
+    ],
+)
+def test_damaged_files(refused: Refused, run: Path, command: str, name: str, text: str) -> None:
+    (run / name).write_bytes(text.encode(errors="surrogateescape"))
+    before = contents(run)
+    stage, *options = command.split()
+    message = refused(stage, run, *options)
+    assert f"{run / name} must be as `circuitune locate` wrote it" in message
+    assert f"run `circuitune locate MODEL --out {run}` again" in message
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("validate", "effects.parquet"), ("explain", "paths.parquet")],
+)
+def test_damaged_tables(refused: Refused, run: Path, command: str, name: str) -> None:
+    (run / name).write_bytes((run / name).read_bytes()[:-20])
+    before = contents(run)
+    assert "`circuitune locate" in refused(command, run)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("command", LATER)
+def test_circuit_of_a_task_without_pairs(refused: Refused, run: Path, command: str) -> None:
+    record = json.loads((run / "circuit.json").read_text())
+    (run / "circuit.json").write_text(json.dumps(record | {"task": "other"}))
+    before = contents(run)
+    name, *options = command.split()
+    assert "add" in refused(name, run, *options)
+    assert contents(run) == before
+
+
+def test_transfer_data_that_are_not_there(refused: Refused, run: Path, tmp_path: Path) -> None:
+    before = contents(run)
+    (tmp_path / "data").mkdir()
+    words = ("transfer", run, "--data-dir", tmp_path / "data")
+    message = refused(*words, "--tasks", "none")
+    assert "The data set commonsense_qa must lie at" in message
+    assert "or ask no multiple-choice questions with --questions 0." in message
+    message = refused(*words, "--tasks", "svamp", "--questions", 0)
+    assert "The data set svamp must lie at" in message
     assert contents(run) == before
 
 
@@ -492,6 +622,11 @@ def test_recipe_that_is_no_text(
         (["tune", "RUN", "--keep", "nan"], "choose more"),
         (["tune", "RUN", "--tune-operators", "pow"], "use one of these"),
         (["tune", "RUN", "--precision", "int8"], "precision must be"),
+        (["explain", "RUN", "--prompts", "2"], "prompts must be at least 8"),
+        (["transfer", "RUN", "--tasks", "carry,pow"], "one of digits_2, digits_3"),
+        (["transfer", "RUN", "--tasks", ""], "found ''; use these"),
+        (["transfer", "RUN", "--tasks", "svamp"], "give --data-dir a folder that holds it"),
+        (["transfer", "RUN", "--overlap", "0"], "overlap must be at least 1"),
         (["evaluate", "RUN", "--problems", "100000"], "choose fewer"),
         (["evaluate", "RUN", "--problems", "1", "--retention", "/nowhere/text.txt"], "check it"),
     ],

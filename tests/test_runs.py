@@ -13,7 +13,16 @@ import pytest
 from circuitune import cli, runs
 from circuitune.config import EvaluateConfig, PairsConfig, ValidateConfig, overrides
 from circuitune.errors import UserError
-from circuitune.runs import STAGES, Stage, is_done, opened, read_manifest, write_json, writing
+from circuitune.runs import (
+    STAGES,
+    Stage,
+    is_done,
+    opened,
+    progress,
+    read_manifest,
+    write_json,
+    writing,
+)
 
 CONFIG = ValidateConfig(controls=3)
 STAGE = replace(STAGES["validate"], outputs=("knockout.parquet",))
@@ -208,6 +217,46 @@ def test_json_is_as_readable_as_any_other_file(tmp_path: Path) -> None:
     assert len(modes) == 1
 
 
+# ----------------------------------------------------------------------------- finished parts
+
+
+def test_finished_parts_are_found_again(run: Path) -> None:
+    made = []
+
+    def make(value: object) -> object:
+        made.append(value)
+        return value
+
+    before = set(files(run))
+    parts = progress(run, STAGE, CONFIG)
+    assert set(files(run)) == before  # a stage that is refused leaves nothing
+    assert parts.once("a", lambda: make({"x": (0.1, None)})) == {"x": [0.1, None]}
+    assert parts.once("b", lambda: make(float("inf"))) == float("inf")
+    assert parts.path is not None
+    with parts.path.open("a") as file:
+        file.write('\n["c", [1, 2')  # the process is killed here
+    again = progress(run, STAGE, CONFIG)
+    assert again.done == {"a": {"x": [0.1, None]}, "b": float("inf")}
+    assert again.once("a", lambda: make("never")) == {"x": [0.1, None]}
+    assert again.once("c", lambda: make(3)) == 3
+    assert progress(run, STAGE, CONFIG).done["c"] == 3
+    assert made == [{"x": (0.1, None)}, float("inf"), 3]
+    for other in (
+        progress(run, STAGE, ValidateConfig(controls=4)),
+        progress(run, STAGE, CONFIG, process="-1-of-2"),
+        progress(run, STAGES["transfer"], CONFIG),
+    ):
+        assert other.done == {}
+    perform(run)
+    assert set(files(run)) == before | {"knockout.parquet"}
+
+
+def test_changed_inputs_make_finished_parts_worthless(run: Path) -> None:
+    progress(run, STAGE, CONFIG).once("a", lambda: 1)
+    change_input(run, run)
+    assert progress(run, STAGE, CONFIG).done == {}
+
+
 # ------------------------------------------------------------------------------------ opening
 
 
@@ -278,6 +327,27 @@ def test_a_single_file_has_a_fingerprint(tmp_path: Path) -> None:
     assert runs.fingerprint(str(path)) != first
 
 
+def test_a_model_is_known_again_by_its_content(tmp_path: Path) -> None:
+    """A copy is the same model; another tokenizer, or other weights of the same size, are not."""
+    model, copy = tmp_path / "model", tmp_path / "copy"
+    model.mkdir()
+    (model / "tokenizer.json").write_text("{}")
+    long = bytes(3 * runs.SAMPLES * runs.SAMPLE_BYTES)
+    (model / "model.safetensors").write_bytes(long)
+    first = runs.identity(str(model))
+    shutil.copytree(model, copy)
+    os.utime(copy / "tokenizer.json", ns=(1, 1))
+    (copy / "README.md").write_text("about it")
+    assert runs.identity(str(copy)) == first != runs.fingerprint(str(copy))
+    for content in (b"\1" + long[1:], long[:-1] + b"\1", bytes([1] * len(long)), long + b"\0"):
+        (copy / "model.safetensors").write_bytes(content)
+        assert runs.identity(str(copy)) != first
+    (copy / "model.safetensors").write_bytes(long)
+    (copy / "tokenizer.json").write_text("[]")
+    assert runs.identity(str(copy)) != first
+    assert runs.identity("org/model") == "org/model"
+
+
 def test_digests_see_names_and_contents(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     assert runs.digest(folder) == ""
@@ -315,19 +385,21 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "pairs": {"pairs": str(folder / "sums.jsonl")},
         "locate": {"most": 2},
         "validate": {"sizes": [1], "controls": 1},
+        "explain": {"prompts": 8, "mlps": 0},
+        "transfer": {"tasks": ["none"], "controls": 1},
         "tune": {"heads": 1, "steps": 1, "batch_size": 2, "precision": "float32"},
         "evaluate": {"problems": 1, "retention": str(folder / "text.txt")},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     words = ["locate", str(tiny_folder), "--out", str(folder / "run")]
     cli.app([*words, "--config", str(folder / "recipe.yaml")], standalone_mode=False)
-    for stage in ("validate", "tune", "evaluate"):
+    for stage in ("validate", "explain", "transfer", "tune", "evaluate"):
         words = [stage, str(folder / "run"), "--config", str(folder / "recipe.yaml")]
         cli.app(words, standalone_mode=False)
     return folder / "run"
 
 
-@pytest.mark.parametrize("name", ["locate", "validate", "tune", "evaluate"])
+@pytest.mark.parametrize("name", ["locate", "validate", "explain", "transfer", "tune", "evaluate"])
 def test_a_stage_reads_nothing_but_its_inputs(finished: Path, tmp_path: Path, name: str) -> None:
     """Else a changed file would leave an old result standing."""
     stage = STAGES[name]

@@ -3,8 +3,9 @@
 Copying a number, copying a word, the capital of a country: the answer is read from the prompt or
 from memory. They show whether a circuit carries calculation or answering of any kind, and their
 own circuits show whether the circuit of *another* task would do as well. The prompts are made
-here, nothing is downloaded. Only prompts with a one-token answer that the model gets right are
-kept; a task with too few of them is dropped, and the counts say so.
+here, nothing is downloaded. A circuit of such a task is found on prompts with a one-token answer
+that the model gets right; what a knockout does to the task is measured on wrong ones too. A task
+with too few right answers is dropped, and the counts say so.
 """
 
 import random
@@ -90,15 +91,24 @@ class Control:
         facts: how many prompts were ``tried``, had an answer of ``one_token``, were ``correct``;
             of those with one token, how many have the ``commonest`` answer, which a model that
             always says it would get right; and the pairs kept in ``select`` and ``test``.
+        asked: all pairs with a one-token answer, right or wrong; empty where ``pairs`` is.
     """
 
     name: str
     pairs: tuple[Pair, ...]
     facts: dict[str, Any]
+    asked: tuple[Pair, ...] = ()
 
     def of(self, split: Split) -> list[Pair]:
-        """The pairs of one half."""
+        """The answered pairs of one half, on which a circuit of the task can be found."""
         return [pair for pair in self.pairs if pair.split == split]
+
+    def all_of(self, split: Split) -> list[Pair]:
+        """All pairs of one half, on which harm is measured.
+
+        Where only right answers are kept, any disturbance can but do harm.
+        """
+        return [pair for pair in self.asked if pair.split == split]
 
 
 # The last item is what is asked for; the corrupt prompt has the null item in its place.
@@ -257,6 +267,7 @@ def keep(
         the task, without pairs where a half has fewer than `LEAST` or all with the same answer.
     """
     kept: list[Pair] = []
+    every: list[Pair] = []
     answers: Counter[str] = Counter()
     facts = dict.fromkeys(("tried", "one_token", "correct", "commonest", *SPLITS), 0)
     for split in SPLITS:
@@ -267,6 +278,7 @@ def keep(
             single = [pair for pair in tried if answer_token(model.tokenizer, pair) is not None]
             correct = _answered(model, single)
             answers.update(pair.answer for pair in single)
+            every += single
             counts = (len(tried), len(single), len(correct))
             for fact, count in zip(("tried", "one_token", "correct"), counts, strict=True):
                 facts[fact] += count
@@ -279,7 +291,7 @@ def keep(
     enough = min(facts[split] for split in SPLITS) >= LEAST and all(
         len({pair.answer for pair in kept if pair.split == split}) > 1 for split in SPLITS
     )
-    return Control(name, tuple(kept) if enough else (), facts)
+    return Control(name, tuple(kept), facts, tuple(every)) if enough else Control(name, (), facts)
 
 
 def _pair(name: str, question: Question, writing: Writing, split: Split) -> Pair:

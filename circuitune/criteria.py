@@ -35,6 +35,7 @@ from circuitune.stats import (
     bootstrap_mean,
     bootstrap_means,
     clustered_proportion,
+    paired_difference,
     resample_counts,
 )
 from circuitune.tasks import Task
@@ -61,6 +62,10 @@ class Sampler:
     def rate(self, hits: np.ndarray) -> Interval:
         """Interval of a rate."""
         return clustered_proportion(hits.astype(float), rng=self._rng(), groups=self.groups)
+
+    def paired(self, after: np.ndarray, before: np.ndarray) -> Interval:
+        """Interval of the change of a rate over the same examples."""
+        return paired_difference(after, before, rng=self._rng(), groups=self.groups, draws=DRAWS)
 
     def share(
         self, part: Float[np.ndarray, " example"], whole: Float[np.ndarray, " example"]

@@ -42,7 +42,7 @@ POOL = 12
 # Heads that a round of the iterated ranking measures exactly, the best by a gradient estimate.
 SCREEN = 40
 # Pairs of each task that the search looks at; what it proposes is judged on all.
-SEARCHED = 32
+SEARCHED = 40
 # Weight of what spared tasks lose, and of a logit, against the accuracy of the targets.
 HARM_WEIGHT, LOGIT_WEIGHT = 2.0, 0.02
 
@@ -155,7 +155,7 @@ def panel(
     Args:
         model: the model.
         targets: pairs of each task to destroy.
-        spared: pairs of each task to keep.
+        spared: pairs of each task to keep, also those that the model gets wrong.
         answers: further admissible answers, of the targets and of tasks that share one with them.
         most: most pairs of a task; all by default.
     """
@@ -313,7 +313,8 @@ def _proposal(
     watched: Panel, name: str, heads: Sequence[Head], config: LocateConfig
 ) -> dict[str, Any]:
     answered = watched.answered(heads)
-    lost = [watched.answered(())[name] - answered[name] for name in watched.spared]
+    intact = watched.answered(())
+    lost = [max(0.0, intact[name] - answered[name]) for name in watched.spared]
     destroyed = max(answered[name] for name in watched.targets) <= config.left
     return {
         "by": name,
@@ -322,7 +323,8 @@ def _proposal(
         "accuracy": answered,
         "logit_diff": watched.left(heads).logit_diff,
         "loss": watched.loss(heads, config.harm),
-        # Few prompts make the loss of one task coarse, so spared tasks count on average.
+        # Few prompts make the loss of one task coarse, so spared tasks count on average; a gain
+        # in one, though, makes up for no loss in another.
         "reached": destroyed and float(np.mean(lost or [0.0])) <= config.harm,
     }
 

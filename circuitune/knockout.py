@@ -49,11 +49,13 @@ class Outcome:
         logit_diff: logit of the answer against the other admissible answers, in logits.
         kl: divergence of the next-token distribution (all tokens) from the intact model's,
             KL(intact || ablated), in nats.
+        intact: whether the answer is the intact model's first choice.
     """
 
     correct: Bool[np.ndarray, " example"]
     logit_diff: Float[np.ndarray, " example"]
     kl: Float[np.ndarray, " example"]
+    intact: Bool[np.ndarray, " example"]
 
 
 @dataclass(frozen=True)
@@ -295,16 +297,17 @@ def outcome(
         examples: which examples of the task they belong to; all by default.
     """
     places = list(range(len(task.clean.final))) if examples is None else list(examples)
-    first, divergence = [], []
+    first, start, divergence = [], [], []
     intact = task.clean.final[places]
     for before, after in zip(intact.split(UNEMBED_ROWS), final.split(UNEMBED_ROWS), strict=True):
-        logits = unembed(model, after)
-        plain, ablated = unembed(model, before).log_softmax(-1), logits.log_softmax(-1)
-        first.append(logits.argmax(-1).cpu().numpy())
+        plain, ablated = (unembed(model, rows).log_softmax(-1) for rows in (before, after))
+        first.append(ablated.argmax(-1).cpu().numpy())
+        start.append(plain.argmax(-1).cpu().numpy())
         divergence.append((plain.exp() * (plain - ablated)).sum(-1).cpu().numpy())
     candidates = unembed(model, final, task.pairs.candidates).cpu().numpy()
     return Outcome(
         np.concatenate(first) == task.tokens[places],
         measure(candidates, task.pairs.answers[places])["logit_diff"],
         np.concatenate(divergence).astype(float),
+        np.concatenate(start) == task.tokens[places],
     )

@@ -125,7 +125,7 @@ def together(
     controls = make_controls(
         model, pair_set.selection, taken=pair_set.tasks, seed=pair_set.selection.get("seed", 0)
     )
-    spared = {item.name: item.of("select") for item in controls if item.pairs}
+    spared = {item.name: item.all_of("select") for item in controls if item.pairs}
     watched = panel(model, targets, spared, pair_set.answers)
     searched = panel(model, targets, spared, pair_set.answers, most=SEARCHED)
     if tuple(names) != (pair_set.tasks[0],):

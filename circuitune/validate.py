@@ -14,7 +14,8 @@ ablations and places of `circuitune.knockout` stand beside it. Beside the top-k 
 
 The first four never hold a head of the set that they are compared with; the circuit of another
 task may, since it is what it is. The circuit is also knocked out in the control tasks, which it
-should spare, and each control's circuit in its own task, where it should matter.
+should spare (there on all prompts, right or wrong: ``change`` is accuracy minus that of the intact
+model on the same prompts), and each control's circuit in its own task, where it should matter.
 
 `circuitune.criteria` adds whether the circuit is faithful, complete and minimal.
 """
@@ -324,6 +325,7 @@ def row_of(job: Job, found: Outcome, groups: Sequence[str], seed: int) -> dict[s
     if not job.knockout.heads and found.correct.all():  # by selection, not by sampling
         alive = Interval(1.0, 1.0, 1.0, len(found.correct))
     difference, divergence = sampler.mean(found.logit_diff), sampler.mean(found.kl)
+    change = sampler.paired(found.correct, found.intact)
     return {
         "set": job.knockout.kind,
         "k": job.knockout.k,
@@ -335,6 +337,9 @@ def row_of(job: Job, found: Outcome, groups: Sequence[str], seed: int) -> dict[s
         "n": len(found.correct),
         "low": alive.low,
         "high": alive.high,
+        "change": change.estimate,
+        "change_low": change.low,
+        "change_high": change.high,
         "logit_diff": difference.estimate,
         "logit_diff_low": difference.low,
         "logit_diff_high": difference.high,
@@ -387,7 +392,7 @@ def validate(model: Model, config: ValidateConfig, run: Path, work: Path) -> Non
     for control in others.controls:
         if control.pairs:
             answers = others.answers[control.name]
-            tasks[control.name] = prepare(model, control.of("test"), answers)
+            tasks[control.name] = prepare(model, control.all_of("test"), answers)
     if circuit.task not in tasks:
         raise UserError(
             f"The test half must hold pairs of {circuit.task}, the circuit's task, {run} has none; "

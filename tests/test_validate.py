@@ -40,6 +40,7 @@ from tests.reference.slow_knockout import head_outputs, logits_without
 HEADS = (Head(1, 0), Head(1, 3), Head(2, 2), Head(3, 1))
 DOCUMENTED = [
     *("set", "k", "draw", "ablation", "where", "task", "accuracy", "n", "low", "high"),
+    *("change", "change_low", "change_high"),
     *("logit_diff", "logit_diff_low", "logit_diff_high", "kl", "kl_low", "kl_high"),
     *("source", "data", "heads"),
 ]

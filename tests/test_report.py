@@ -560,7 +560,7 @@ def _first_edge(**changes: object) -> Callable[[dict], object]:
     [
         (_first_edge(receiver="20.8"), "found 'embed' to '20.8'"),
         (_first_edge(sender="head 3"), "found 'head 3' to '20.8.v'"),
-        (_first_edge(estimate=None), "must hold a number as 'estimate' of 'edges' of 'graph'[0]"),
+        (_first_edge(estimate=None), "must hold a number as 'estimate' of 'edges'[0] of 'graph'"),
         (lambda graph: graph.pop("totals"), "must hold 'totals' in 'graph'"),
         (lambda graph: graph["nodes"][0].update(id="30.1"), "30 layers and 9 heads"),
     ],

@@ -103,6 +103,15 @@ class Item:
             raise self._fault("low", "at most `high`", low)
         return Estimate(self.number(key), low, high)
 
+    def triple(self, key: str) -> Estimate:
+        """A list of a number and the ends of its interval; ends may be null or not finite."""
+        values = self.sequence(key)
+        if len(values) != 3:
+            raise self._fault(key, "a number and the ends of its interval", values)
+        names = ("value", "low", "high")
+        given = dict(zip(names, values, strict=True))
+        return Item(self.source, self._path(key), given).estimate("value")
+
     def fraction(self, key: str) -> Estimate:
         """An estimate between 0 and 1."""
         estimate = self.estimate(key)
@@ -133,7 +142,7 @@ class Item:
     def children(self, key: str) -> tuple["Item", ...]:
         """The objects of the list in field `key`."""
         return tuple(
-            self.source.item(value, f"{self._path(key)}[{index}]")
+            self.source.item(value, self._path(key, f"[{index}]"))
             for index, value in enumerate(self.sequence(key))
         )
 
@@ -164,8 +173,8 @@ class Item:
     def _fault(self, key: str, must: str, value: object) -> UserError:
         return self.source.fault(f"hold {must} as {self._path(key)}", f"found {_shown(value)}")
 
-    def _path(self, key: str) -> str:
-        return f"'{key}'" if self.name == "it" else f"'{key}' of {self.name}"
+    def _path(self, key: str, place: str = "") -> str:
+        return f"'{key}'{place}" if self.name == "it" else f"'{key}'{place} of {self.name}"
 
 
 def _shown(value: object) -> str:

@@ -39,9 +39,9 @@ def accuracy(estimate: Estimate) -> Cell:
     return percent(estimate, digits=1 if narrow or nearly else 0)
 
 
-def points(estimate: Estimate) -> Cell:
+def points(estimate: Estimate, *, digits: int = 0) -> Cell:
     """A difference of two fractions, in percentage points: 0.46 -> `+46 pts`."""
-    return _cell(estimate.scaled(100.0), " pts", signed=True, digits=0)
+    return _cell(estimate.scaled(100.0), " pts", signed=True, digits=digits)
 
 
 def plain(estimate: Estimate, *, signed: bool = False, digits: int | None = None) -> Cell:
@@ -184,6 +184,22 @@ def task_name(task: str) -> str:
         "copy_number": "copying a number",
         "copy_word": "copying a word",
         "capital": "capitals",
+        "digits_2": "2-digit sums",
+        "digits_3": "3-digit sums",
+        "digits_4": "4-digit sums",
+        "carry": "sums with carry",
+        "no_carry": "sums without carry",
+        "borrow": "differences with borrow",
+        "no_borrow": "differences without borrow",
+        "power": "powers",
+        "number_words": "number words",
+        "year_span": "year spans",
+        "objects": "counting objects",
+        "svamp": "SVAMP",
+        "addsub": "AddSub",
+        "gsm8k": "GSM8K",
+        "commonsense_qa": "CommonsenseQA",
+        "bbh": "BIG-Bench Hard",
     }
     return names.get(task, task)
 
@@ -198,5 +214,9 @@ def set_name(kind: str) -> str:
         "least": "least important",
         "other_task": "circuits of other tasks",
         "own_circuit": "its own circuit",
+        "proposal": "proposed sets",
+        "iterated": "iterated patching",
+        "greedy": "greedy search",
+        "mask": "gradient mask",
     }
     return names.get(kind, kind.replace("_", " "))

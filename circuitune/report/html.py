@@ -13,7 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from circuitune.errors import UserError
-from circuitune.report import drawing, feeds, figures, portraits, summary
+from circuitune.report import drawing, feeds, figures, portraits, reach_figures, summary
 from circuitune.report import format as fmt
 from circuitune.report.measures import Measured
 from circuitune.report.records import Pair, Run
@@ -24,6 +24,7 @@ _ABLATIONS = {
     "zero": "zero",
     "resample": "its output on another prompt",
 }
+_TOLD = ("proposals", "curve")
 _PLACES = {"end": "at the last position", "all": "at every position"}
 
 
@@ -63,6 +64,7 @@ def page(run: Run, measured: Measured, told: Summary) -> str:
         kinds={curve.kind for curve in curves.curves} if curves else set(),
         turns=_turns(run),
         noise=_noise(run),
+        rule=_rule(run),
         iterated=any(part.round is not None for part in run.circuit.components),
         mlps=run.effects["component"].str.startswith("mlp.").any(),
         replaced=_ABLATIONS.get(ablation[0], ablation[0]),
@@ -122,6 +124,10 @@ def _charts(run: Run, measured: Measured, told: Summary) -> dict[str, go.Figure]
         charts["knockout"] = figures.knockout_chart(curves, task)
     if curves:
         charts["others"] = figures.other_tasks_chart(curves, task)
+    if run.circuit.joint and told.enough:
+        charts["proposals"] = reach_figures.proposals_chart(run.circuit.joint, told.enough.sets)
+    if run.transfer:
+        charts["reach"] = reach_figures.matrix_chart(run.transfer, measured.reach)
     if run.evaluations:
         variants = [name for name in summary.variant_order(run) if " - " not in name]
         charts["tuning"] = figures.tuning_chart(run.evaluations, variants)
@@ -133,6 +139,18 @@ def _noise(run: Run) -> str:
     metric = run.circuit.metric
     floor = run.circuit.noise.get(metric)
     return "" if floor is None else fmt.noise_in_words(metric, floor)
+
+
+def _rule(run: Run) -> dict[str, str]:
+    """The rule of the circuit in words; what it proposed has a section of its own."""
+    own = {name: value for name, value in run.circuit.rule.items() if name not in _TOLD}
+    return {name.replace("_", " "): _flat(value) for name, value in own.items()}
+
+
+def _flat(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_flat(own)}" for name, own in value.items())
+    return ", ".join(map(_flat, value)) if isinstance(value, list) else str(value)
 
 
 def _turns(run: Run) -> str:

@@ -11,6 +11,7 @@ from circuitune.report.fields import COMPONENT, Item, Source
 from circuitune.report.frames import read_table
 from circuitune.report.load_explain import load_explanation
 from circuitune.report.load_judged import load_judgement
+from circuitune.report.load_reach import load_joint, load_transfer
 from circuitune.report.records import (
     EMBEDDING,
     Circuit,
@@ -41,6 +42,8 @@ _STAGES = {
     "knockout.parquet": "validate",
     "validate.json": "validate",
     "explain/explain.json": "explain",
+    "transfer.parquet": "transfer",
+    "transfer.json": "transfer",
     "tune.json": "tune",
     "eval.json": "evaluate",
 }
@@ -66,13 +69,15 @@ def load(run: Path) -> Run:
         if not source.path.is_file():
             raise UserError(f"{run} holds no {name}; run `{source.command}` first.")
     manifest = _manifest(files["manifest.json"])
-    selection, knockout, judged, explained, tuning, evaluations = (
+    selection, knockout, judged, explained, reached, matrix, tuning, evaluations = (
         source if source.path.is_file() else None
         for source in (
             _source(run, "selection.json"),
             _source(run, "knockout.parquet"),
             _source(run, "validate.json"),
             _source(run, "explain/explain.json"),
+            _source(run, "transfer.json"),
+            _source(run, "transfer.parquet"),
             _source(run, "tune.json"),
             _source(run, "eval.json"),
         )
@@ -93,6 +98,7 @@ def load(run: Path) -> Run:
         knockout=None if knockout is None else _knockout(knockout),
         judgement=judged and load_judgement(judged),
         explanation=explained and load_explanation(explained),
+        transfer=reached and load_transfer(reached, _knockout(matrix) if matrix else None),
         tuning=tuning and _tuning(tuning),
         evaluations=None if evaluations is None else _evaluations(evaluations),
     )
@@ -193,7 +199,7 @@ def _ranked(item: Item) -> RankedComponent:
 
 def _circuit(source: Source) -> Circuit:
     top = source.item(source.parse(source.text()))
-    rule = top.mapping("rule")
+    rule = top.child("rule")
     components = tuple(_ranked(item) for item in top.children("components"))
     size = top.optional_number("size")
     single = top.child("single_pass") if top.values.get("single_pass") is not None else None
@@ -205,8 +211,9 @@ def _circuit(source: Source) -> Circuit:
         size=len(components) if size is None else int(size),
         significance=_optional_mapping(top, "significance"),
         stability=_optional_mapping(top, "stability"),
-        rule=rule,
-        metric=str(rule.get("metric", "logit_diff")),
+        rule=rule.values,
+        joint=load_joint(rule, [part.id for part in components[: int(size or len(components))]]),
+        metric=str(rule.values.get("metric", "logit_diff")),
         task=top.text("task"),
         single_pass=None if single is None else _single_pass(single),
         noise={name: noise.number(name) for name in noise.values} if noise else {},

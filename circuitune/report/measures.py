@@ -97,6 +97,38 @@ class Removal:
 
 
 @dataclass(frozen=True)
+class Reach:
+    """What is left of a task, the target, without the heads of another.
+
+    Attributes:
+        source: The task that the heads were found on, empty for random ones.
+        heads: The heads; empty for random ones.
+        accuracy: As in `Point`.
+        draws: Number of sets behind it.
+        n: Examples behind each accuracy.
+        logit_diff: Mean logit difference, in logits, where it was measured.
+    """
+
+    source: str
+    target: str
+    heads: tuple[str, ...]
+    accuracy: Estimate
+    draws: int
+    n: int
+    logit_diff: float | None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a proposed set of `k` heads leaves of a task on the held-out half."""
+
+    by: str
+    k: int
+    task: str
+    accuracy: Estimate
+
+
+@dataclass(frozen=True)
 class Measured:
     """All averages of a run.
 
@@ -106,22 +138,29 @@ class Measured:
             was not measured.
         knockouts: The knockout curves, None before `circuitune validate`.
         removals: The single removals at the circuit's own size; empty before that.
+        held_out: The proposals of joint selection; empty before that.
+        reach: Every source in every target, random heads last; empty before `transfer`.
     """
 
     effects: Mapping[str, Mapping[str, Estimate]]
     noise: Mapping[str, Mapping[str, float]]
     knockouts: Knockouts | None
     removals: tuple[Removal, ...]
+    held_out: tuple[HeldOut, ...]
+    reach: tuple[Reach, ...]
 
 
 def measure(run: Run) -> Measured:
     """Every average that the report shows, with its interval."""
     table = run.knockout
+    matrix = run.transfer.rows if run.transfer else None
     return Measured(
         effects=mean_effects(run),
         noise=noise_floors(run),
         knockouts=None if table is None else knockouts(table, run.circuit.task),
         removals=() if table is None else removals(table, run.circuit.size),
+        held_out=() if table is None else held_out(table),
+        reach=() if matrix is None else reach(matrix),
     )
 
 
@@ -162,6 +201,8 @@ def knockouts(frame: pd.DataFrame, task: str) -> Knockouts:
         frame: The table as `load` returns it.
         task: The circuit's own task, which comes first.
     """
+    # Proposals of joint selection are single sets, no curve; see `held_out`.
+    frame = frame[frame["set"] != "proposal"]
     kinds = frame.groupby(["ablation", "where"], sort=False).size()
     ablation, where = ("mean", "end") if ("mean", "end") in kinds.index else kinds.idxmax()
     frame = frame[(frame["ablation"] == ablation) & (frame["where"] == where)]
@@ -193,12 +234,42 @@ def removals(frame: pd.DataFrame, size: int) -> tuple[Removal, ...]:
             *map(str, key[:3]),
             int(key[3]),
             *map(str, key[4:]),
-            accuracy=_over_sets(rows, "accuracy", "low", "high"),
-            kl=None if rows["kl"].isna().any() else _over_sets(rows, "kl", "kl_low", "kl_high"),
+            accuracy=over_sets(rows, "accuracy", "low", "high"),
+            kl=None if rows["kl"].isna().any() else over_sets(rows, "kl", "kl_low", "kl_high"),
             draws=len(rows),
         )
         for key, rows in own.groupby(names, sort=False)
     )
+
+
+def held_out(frame: pd.DataFrame) -> tuple[HeldOut, ...]:
+    """What the proposals of joint selection leave, by `knockout.parquet` as `load` returns it."""
+    own = frame[frame["set"] == "proposal"]
+    return tuple(
+        HeldOut(str(by), int(k), str(task), over_sets(rows, "accuracy", "low", "high"))
+        for (by, k, task), rows in own.groupby(["source", "k", "task"], sort=False)
+    )
+
+
+def reach(frame: pd.DataFrame) -> tuple[Reach, ...]:
+    """The matrix of `transfer.parquet`, a table as `load` returns it; random heads last."""
+    found = []
+    for kind in ("source", "matched"):
+        own = frame[frame["set"] == kind]
+        for (source, target), rows in own.groupby(["source", "task"], sort=False):
+            heads = str(rows["heads"].iloc[0]) if "heads" in rows and kind == "source" else ""
+            found.append(
+                Reach(
+                    str(source) if kind == "source" else "",
+                    str(target),
+                    tuple(heads.split()),
+                    over_sets(rows, "accuracy", "low", "high"),
+                    draws=len(rows),
+                    n=int(rows["n"].iloc[0]),
+                    logit_diff=_known_mean(rows["logit_diff"]),
+                )
+            )
+    return tuple(found)
 
 
 def telling_size(curve: Curve) -> int | None:
@@ -275,14 +346,14 @@ def _point(rows: pd.DataFrame) -> Point | None:
     accuracy = rows["accuracy"].to_numpy(dtype=float)
     return Point(
         k=int(rows["k"].iloc[0]),
-        accuracy=_over_sets(rows, "accuracy", "low", "high"),
+        accuracy=over_sets(rows, "accuracy", "low", "high"),
         draws=tuple(accuracy) if len(rows) > 1 else (),
         n=int(rows["n"].iloc[0]),
         logit_diff=_known_mean(rows["logit_diff"]),
     )
 
 
-def _over_sets(rows: pd.DataFrame, name: str, low: str, high: str) -> Estimate:
+def over_sets(rows: pd.DataFrame, name: str, low: str, high: str) -> Estimate:
     """The mean over sets; without a spread between them, the interval is that over examples."""
     values = rows[name].to_numpy(dtype=float)
     interval = bootstrap_mean(values, rng=np.random.default_rng(_SEED))

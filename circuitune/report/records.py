@@ -12,6 +12,7 @@ import pandas as pd
 
 from circuitune.report.estimate import Estimate
 from circuitune.report.findings import Explanation, Judgement
+from circuitune.report.reach import Joint, Transfer
 
 EMBEDDING = "embed"
 """The sender of an edge that starts at the tokens."""
@@ -216,6 +217,7 @@ class Circuit:
 
     `size` of them, from the top, make the circuit; the rest is ranked for the curves.
     `significance` and `stability` say how sure the first sweep is; empty where not measured.
+    `joint` is what joint selection proposed; None where another rule chose the components.
     `noise` is what rounding alone does to an effect, by metric; empty where not measured.
     `feeds` says who feeds the key heads; None where that was not traced, and `untold` why not.
     """
@@ -225,6 +227,7 @@ class Circuit:
     significance: Mapping[str, object]
     stability: Mapping[str, object]
     rule: Mapping[str, object]
+    joint: Joint | None
     metric: str
     task: str
     single_pass: SinglePass | None
@@ -283,6 +286,7 @@ class Run:
             `low`, `high`, `logit_diff`, `kl`, `kl_low`, `kl_high`, `source` (the task that the
             heads were chosen on); numbers from `low` on may be NaN, `source` empty.
         judgement: `validate.json`, None where an older version validated the run.
+        transfer: How far the circuit reaches, `transfer.json`.
     """
 
     path: Path
@@ -294,5 +298,6 @@ class Run:
     knockout: pd.DataFrame | None
     judgement: Judgement | None
     explanation: Explanation | None
+    transfer: Transfer | None
     tuning: Tuning | None
     evaluations: tuple[Evaluation, ...] | None

@@ -15,6 +15,8 @@ from circuitune.report.headline import headline, primary_task
 from circuitune.report.judging import Judged, judged
 from circuitune.report.load import stage_command
 from circuitune.report.measures import Knockouts, Measured
+from circuitune.report.proposing import Enough, enough
+from circuitune.report.reaching import Reached, reached
 from circuitune.report.records import (
     Circuit,
     Evaluation,
@@ -68,6 +70,8 @@ class Summary:
         judged: Other ablations, control tasks and criteria, None before `validate`.
         tuning: One row per variant, None before `tune` and `evaluate`.
         measurements: Every record of `eval.json`, None before `evaluate`.
+        enough: What joint selection proposed, None where another rule chose the components.
+        reached: How far the circuit reaches, None before `transfer`.
         steps: The stages that are still to run.
     """
 
@@ -88,12 +92,15 @@ class Summary:
     judged: Judged | None
     tuning: Table | None
     measurements: Table | None
+    enough: Enough | None
+    reached: Reached | None
     steps: tuple[Step, ...]
 
 
 def build(run: Run, measured: Measured) -> Summary:
     """All tables of `run` and of its averages."""
     circuit, curves = run.circuit, measured.knockouts
+    joint = circuit.joint
     ranks = [part.id for part in circuit.components]
     again = stage_command("validate", run.path)
     return Summary(
@@ -114,6 +121,8 @@ def build(run: Run, measured: Measured) -> Summary:
         judged=judged(measured.removals, run.judgement, circuit.task, again) if curves else None,
         tuning=_tuning(run),
         measurements=_measurements(run),
+        enough=joint and enough(joint, measured.held_out, circuit.size, again),
+        reached=run.transfer and reached(run.transfer, measured.reach),
         steps=_steps(run),
     )
 

@@ -12,6 +12,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from circuitune.report.format import Cell
+from circuitune.report.proposing import Enough
+from circuitune.report.reaching import Reached
 from circuitune.report.summary import Summary
 from circuitune.report.tables import Sentence, Table
 
@@ -35,6 +37,8 @@ def render(summary: Summary) -> RenderableType:
     for table in (*located, *does, summary.knockout, summary.other_tasks, *proves, tuning):
         if table is not None and table.rows:
             parts += [_FittedTable(table), Text()]
+    parts += _enough(summary.enough) if summary.enough else []
+    parts += _reached(summary.reached) if summary.reached else []
     notes = (*shown.notes, *shown.forms_notes) if shown else ()
     for line in (*notes, judged.note if judged else ""):
         parts += [Text(line, style="dim"), Text()] if line else []
@@ -42,6 +46,30 @@ def render(summary: Summary) -> RenderableType:
         parts.append(Text.assemble(("next  ", "dim"), (step.command, "bold")))
         parts.append(Padding(Text(step.gives, style="dim"), (0, 0, 0, 6)))
     return Group(*parts)
+
+
+def _enough(found: Enough) -> list[RenderableType]:
+    """Which set is enough: goal, choice and the sets of its size."""
+    parts: list[RenderableType] = []
+    for line in found.told:
+        parts += [_sentence(line), Text()]
+    parts += [_FittedTable(found.beside), Text()]
+    return parts + ([Text(found.note, style="dim"), Text()] if found.note else [])
+
+
+def _reached(found: Reached) -> list[RenderableType]:
+    """How far the circuit reaches; the whole matrix is on the page."""
+    parts: list[RenderableType] = []
+    parts += [_FittedTable(found.compact), Text()] if found.compact else []
+    parts += [Text(found.flagged, style="dim"), Text()] if found.flagged else []
+    for table in (found.shared, found.choices):
+        parts += [_FittedTable(table), Text()] if table else []
+    for line in found.changed:
+        parts += [Text(line), Text()]
+    parts += [_FittedTable(found.changes), Text()] if found.changes else []
+    for line in found.notes:
+        parts += [Text(line, style="dim"), Text()]
+    return parts
 
 
 @dataclass(frozen=True)

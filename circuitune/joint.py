@@ -236,6 +236,7 @@ def joint_selection(
         "targets": list(watched.targets),
         "spared": list(watched.spared),
         "pairs": {name: len(rows) for name, rows in watched.rows.items()},
+        "intact": watched.answered(()),
         "goal": {"left": config.left, "harm": config.harm, "reached": chosen["reached"]},
         "by": chosen["by"],
         "evaluated_sets": len(watched.measured) + len(searched.measured),

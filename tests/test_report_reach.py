@@ -252,7 +252,7 @@ def test_proposals_of_the_chosen_size_stand_beside_each_other(whole: Path) -> No
 def test_the_chosen_set_is_shown_task_by_task(whole: Path) -> None:
     rows = cells(enough(whole).chosen)
     assert [row[1] for row in rows] == ["target", "target", "spared", "spared"]
-    assert rows[2][2:] == ["97 %", "97 % [89, 100]"]
+    assert rows[2][2:] == ["97 %", "97 % [89, 100]", "\u22123.0 pts"]
 
 
 def test_both_halves_are_drawn_and_the_choice_is_ringed(page: Page) -> None:

@@ -131,8 +131,9 @@ def _controls(removals: Sequence[Removal], facts: Sequence[ControlTask], task: s
         "Heads shared",
     )
     note = (
-        "Nothing is calculated here; answered: intact, of all prompts tried. Circuits of one size "
-        "by one rule, mean ablation at END."
+        "Nothing is calculated here; answered: intact, of all prompts tried. What is left is of "
+        "all held-out prompts, right or wrong. Circuits of one size by one rule, mean ablation at "
+        "END."
     )
     dropped = [fmt.task_name(fact.task) for fact in facts if not fact.kept]
     if dropped:

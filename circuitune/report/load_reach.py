@@ -59,10 +59,12 @@ def load_joint(rule: Item, chosen: Sequence[str]) -> Joint | None:
         return None
     goal, by = rule.child("goal"), rule.text("by")
     proposals = tuple(_proposal(item) for item in rule.children("proposals"))
+    intact = rule.child("intact") if "intact" in rule.values else None
     same = (p for p in proposals if p.by == by and set(p.heads) == set(chosen))
     return Joint(
         targets=tuple(str(name) for name in rule.sequence("targets")),
         spared=tuple(str(name) for name in rule.sequence("spared")),
+        intact={name: intact.fraction(name).value for name in intact.values} if intact else {},
         left=goal.fraction("left").value,
         harm=goal.fraction("harm").value,
         evaluated=rule.count("evaluated_sets"),

@@ -120,12 +120,16 @@ class Reach:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a proposed set of `k` heads leaves of a task on the held-out half."""
+    """What a proposed set of `k` heads leaves of a task on the held-out half.
+
+    `change` is accuracy minus that of the intact model on the same prompts.
+    """
 
     by: str
     k: int
     task: str
     accuracy: Estimate
+    change: float
 
 
 @dataclass(frozen=True)
@@ -245,8 +249,16 @@ def removals(frame: pd.DataFrame, size: int) -> tuple[Removal, ...]:
 def held_out(frame: pd.DataFrame) -> tuple[HeldOut, ...]:
     """What the proposals of joint selection leave, by `knockout.parquet` as `load` returns it."""
     own = frame[frame["set"] == "proposal"]
+    if "change" not in own:  # an older run, which kept only prompts that the model answers
+        own = own.assign(change=own["accuracy"] - 1.0)
     return tuple(
-        HeldOut(str(by), int(k), str(task), over_sets(rows, "accuracy", "low", "high"))
+        HeldOut(
+            str(by),
+            int(k),
+            str(task),
+            over_sets(rows, "accuracy", "low", "high"),
+            float(rows["change"].mean()),
+        )
         for (by, k, task), rows in own.groupby(["source", "k", "task"], sort=False)
     )
 

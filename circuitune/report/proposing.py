@@ -63,7 +63,7 @@ def enough(found: Joint, held: Sequence[HeldOut], size: int, command: str) -> En
         size: Of the circuit.
         command: The command line that measures the held-out half.
     """
-    known = {(item.by, item.k, item.task): item.accuracy for item in held}
+    known = {(item.by, item.k, item.task): item for item in held}
     sets = tuple(_judged(found, proposal, known) for proposal in found.proposals)
     title = f"Proposed sets of {size} heads" if size != 1 else "Proposed sets of one head"
     missing = f"Held-out half of the proposals: not measured yet, `{command}` does."
@@ -77,28 +77,34 @@ def enough(found: Joint, held: Sequence[HeldOut], size: int, command: str) -> En
     )
 
 
-_Known = dict[tuple[str, int, str], Estimate]
+_Known = dict[tuple[str, int, str], HeldOut]
 
 
 def _judged(found: Joint, proposal: Proposal, known: _Known) -> BothHalves:
     """The target that keeps most and the mean loss; nothing where a task is not measured."""
     by = (proposal.by, len(proposal.heads))
-    left = [known[(*by, task)] for task in found.targets if (*by, task) in known]
-    kept = [known[(*by, task)].value for task in found.spared if (*by, task) in known]
+    left = [known[(*by, task)].accuracy for task in found.targets if (*by, task) in known]
+    moved = [known[(*by, task)].change for task in found.spared if (*by, task) in known]
     return BothHalves(
         proposal,
         left=max((proposal.accuracy.get(task, 0.0) for task in found.targets), default=0.0),
-        lost=_lost([proposal.accuracy[task] for task in found.spared if task in proposal.accuracy]),
+        lost=_lost(
+            [
+                proposal.accuracy[task] - found.intact.get(task, 1.0)
+                for task in found.spared
+                if task in proposal.accuracy
+            ]
+        ),
         held_left=max(left, key=lambda own: own.value)
         if left and len(left) == len(found.targets)
         else None,
-        held_lost=_lost(kept) if len(kept) == len(found.spared) else None,
+        held_lost=_lost(moved) if len(moved) == len(found.spared) else None,
     )
 
 
-def _lost(accuracies: Sequence[float]) -> float | None:
-    """Mean loss of tasks whose prompts the intact model answers all."""
-    return 1.0 - sum(accuracies) / len(accuracies) if accuracies else None
+def _lost(changes: Sequence[float]) -> float | None:
+    """Mean loss of tasks; a gain in one makes up for no loss in another."""
+    return sum(max(0.0, -change) for change in changes) / len(changes) if changes else None
 
 
 def _told(found: Joint, sets: Sequence[BothHalves]) -> tuple[Sentence, ...]:
@@ -165,7 +171,8 @@ def _table(found: Joint, sets: Sequence[BothHalves], title: str, *, sized: bool)
     one = fmt.task_name(found.targets[0]) if len(found.targets) == 1 else ""
     note = (
         f"Left: right answers to {one or 'the target that keeps most'}. Lost: accuracy of the "
-        "spared tasks, mean. Goal: on the select half. Bold: the chosen set."
+        "spared tasks on all prompts, mean; a gain makes up for no loss. Goal: on the select half. "
+        "Bold: the chosen set."
     )
     words = ("Proposed by", "Goal")
     return Table(title, columns(*labels, left=words, code=["Set"]), tuple(rows), note)
@@ -198,9 +205,10 @@ def _chosen(found: Joint, known: _Known) -> Table | None:
                     fmt.task_name(task),
                     role,
                     fmt.accuracy(Estimate(own.accuracy[task])) if task in own.accuracy else MISSING,
-                    fmt.accuracy(held) if held else MISSING,
+                    fmt.accuracy(held.accuracy) if held else MISSING,
+                    _points(held.change) if held else MISSING,
                 )
             )
-    labels = ("Task", "Role", "Select half", "Held-out half")
+    labels = ("Task", "Role", "Select half", "Held-out half", "Change from intact")
     heads = columns(*labels, left=["Task", "Role"])
     return Table("Right answers left without the chosen set", heads, tuple(rows))

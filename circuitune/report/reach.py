@@ -210,10 +210,12 @@ class Joint:
         harm: Largest accuracy that spared tasks may lose on average.
         evaluated: Sets that were knocked out.
         chosen: The set that became the circuit.
+        intact: Accuracy of the intact model by task; 1 where it is not given.
     """
 
     targets: tuple[str, ...]
     spared: tuple[str, ...]
+    intact: Mapping[str, float]
     left: float
     harm: float
     evaluated: int

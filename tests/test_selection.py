@@ -136,7 +136,7 @@ def test_a_raced_selection_is_the_exact_one(model: Model, task: Task) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"rule": "best"}, "--rule must be iterated, single, paper, found 'best'"),
+        ({"rule": "best"}, "--rule must be iterated, single, paper, joint, found 'best'"),
         ({"race": 1.0}, "--race must be a confidence below 1"),
         ({"race": 0.9, "screen": 5}, "--race speeds up .* leave one out"),
         ({"rule": "single", "screen": 5}, "--screen speeds up the rounds of --rule iterated"),

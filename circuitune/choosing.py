@@ -106,6 +106,12 @@ class Scores:
     chosen_by_length: Int[np.ndarray, " example"]
     answers: Int[np.ndarray, " example"]
 
+    def of(self, places: Sequence[int]) -> "Scores":
+        """The scores of some of the questions."""
+        own = tuple(self.log_probs[place] for place in places)
+        parts = (self.chosen, self.chosen_by_length, self.answers)
+        return Scores(own, *(part[list(places)] for part in parts))
+
     @property
     def correct(self) -> Bool[np.ndarray, " example"]:
         """Whether the right choice has the highest log probability (``acc``)."""

@@ -14,8 +14,9 @@ intact accuracy is 1.
 answer, so many of its right prompts may be lucky; of the run's own tasks this is not known),
 ``overlap`` (heads that the first ones of two tasks share, against what sets with as many heads in
 each layer would share by chance), ``choices`` (accuracy on public multiple-choice questions before
-and after the knockout, `circuitune.choosing`) and ``tuned`` (how direct effects differ between the
-base and the tuned model, `circuitune.changes`); a part that could not be made is a note.
+and after the knockout, `circuitune.choosing`; under ``tasks`` that of each task of a data set, with
+the ``chance`` of guessing) and ``tuned`` (how direct effects differ between the base and the tuned
+model, `circuitune.changes`); a part that could not be made is a note.
 """
 
 from collections import Counter
@@ -369,7 +370,32 @@ def _scored(
         after = choosing.score(model, prepared, item.heads, means)
         facts = {"data": data, "set": item.kind, "source": item.source, "draw": item.draw}
         facts["heads"] = [str(head) for head in item.heads]
+        facts["tasks"] = _by_task(items, intact, after, seed=config.seed)
         rows.append(facts | choosing.compare(intact, after, seed=config.seed))
+    return rows
+
+
+def _by_task(
+    items: Sequence[choosing.MultipleChoice],
+    before: choosing.Scores,
+    after: choosing.Scores,
+    *,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The same for each task of a data set that holds several, beside what guessing would give.
+
+    On a task at chance the model has nothing to lose; a knockout may still turn its guesses.
+    """
+    places: dict[str, list[int]] = {}
+    for place, item in enumerate(items):
+        places.setdefault(item.id.rpartition("/")[0], []).append(place)
+    if len(places) < 2:
+        return []
+    rows = []
+    for task, own in places.items():
+        found = choosing.compare(before.of(own), after.of(own), seed=seed)
+        chance = float(np.mean([1 / len(items[place].choices) for place in own]))
+        rows.append({"task": task, "chance": chance} | found)
     return rows
 
 

@@ -278,6 +278,13 @@ def test_many_questions_show_that_nothing_was_lost() -> None:
     assert not in_groups["acc"]["non_inferior"]  # eight groups are few trials
 
 
+def test_a_part_of_the_scores_keeps_its_order() -> None:
+    part = scores([0, 1, 2], [1, 1, 1], [0, 1, 1]).of([2, 0])
+    assert list(part.chosen) == [2, 0]
+    assert list(part.answers) == [1, 0]
+    assert list(part.correct) == [False, True]
+
+
 def test_other_questions_are_not_compared() -> None:
     with pytest.raises(ValueError, match="same questions"):
         compare(scores([0], [0], [0]), scores([0], [0], [1]))

@@ -23,13 +23,23 @@ import torch
 import circuitune.transfer
 import circuitune.validate
 from circuitune import cli
+from circuitune.choosing import Scores
 from circuitune.components import Head, parse_heads
 from circuitune.config import TransferConfig
 from circuitune.errors import UserError
 from circuitune.models import Model
 from circuitune.pairs import Pair, encode
+from circuitune.readers import MultipleChoice
 from circuitune.runs import progress
-from circuitune.transfer import Place, _rows, near_chance, overlaps, shared_by_chance, wanted
+from circuitune.transfer import (
+    Place,
+    _by_task,
+    _rows,
+    near_chance,
+    overlaps,
+    shared_by_chance,
+    wanted,
+)
 from circuitune.validate import Knockout
 from tests.reference.slow_knockout import head_outputs, logits_without
 from tests.test_readers import folder as data_folder
@@ -388,3 +398,21 @@ def test_a_cell_of_the_matrix_equals_plain_hooks(tiny: Callable[..., Model]) -> 
     assert (row["set"], row["source"], row["n"]) == ("source", "sums", len(half))
     assert row["accuracy"] == pytest.approx(np.mean(right))
     assert row["logit_diff"] == pytest.approx(np.mean(differences), abs=1e-9)
+
+
+def test_a_data_set_of_several_tasks_is_also_told_task_by_task() -> None:
+    items = [
+        MultipleChoice(f"bbh/{task}/{number}", "Is it?", choices, 0)
+        for task, choices in (("navigate", (" Yes", " No")), ("dates", (" a", " b", " c", " d")))
+        for number in range(3)
+    ]
+    none = np.zeros(6, dtype=int)
+    right = Scores((np.zeros(2),) * 6, none, none, none)
+    wrong = Scores((np.zeros(2),) * 6, np.array([0, 1, 1, 0, 0, 0]), none, none)
+    rows = _by_task(items, right, wrong, seed=0)
+    assert [(row["task"], row["n"], row["chance"]) for row in rows] == [
+        ("bbh/navigate", 3, 0.5),
+        ("bbh/dates", 3, 0.25),
+    ]
+    assert [row["acc"]["change"][0] for row in rows] == pytest.approx([-2 / 3, 0.0])
+    assert _by_task(items[:3], right.of([0, 1, 2]), wrong.of([0, 1, 2]), seed=0) == []

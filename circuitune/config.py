@@ -42,8 +42,8 @@ class LocateConfig:
 
     rule: str = option(
         "iterated",
-        "How heads are chosen: iterated, single (one sweep), paper (see --cut) or joint (the "
-        "smallest set that destroys --targets and spares control tasks; slower).",
+        "How heads are chosen: iterated, single (one sweep), paper (see --cut) or joint (a "
+        "small set that destroys --targets and spares control tasks; slower).",
     )
     most: int = option(13, "Most heads that are ranked.", least=1)
     cut: float = option(

@@ -1,4 +1,4 @@
-"""Joint selection: the smallest set of heads whose removal destroys tasks and spares others.
+"""Joint selection: a small set of heads whose removal destroys tasks and spares others.
 
 Effects of single heads do not add up: backups take over, and some heads serve every task. So sets
 are judged as sets, by their exact knockout (mean ablation at END) in the tasks to destroy, the
@@ -9,8 +9,10 @@ are judged as sets, by their exact knockout (mean ablation at END) in the tasks 
 - ``mask``: the strongest heads of a gradient mask (`circuitune.masks`);
 - ``single_pass``: the ranking of Zhang et al. (2024), one sweep by relative logit.
 
-The smallest set that reaches the goal wins; if none does, the one nearest to it. Everything here
-sees the select half only; `circuitune validate` measures all proposals on the other half.
+Of the sets that reach the goal (of all, if none does) the best wins, or a smaller one that is
+nearly as good. Sets are compared by accuracy and by logit difference: with few operand pairs
+accuracy alone picks sets that are lucky on them (docs/log.md). Everything here sees the select half
+only; `circuitune validate` measures all proposals on the other half.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +46,9 @@ SCREEN = 40
 # Pairs of each task that the search looks at; what it proposes is judged on all.
 SEARCHED = 40
 # Weight of what spared tasks lose, and of a logit, against the accuracy of the targets.
-HARM_WEIGHT, LOGIT_WEIGHT = 2.0, 0.02
+HARM_WEIGHT, LOGIT_WEIGHT = 2.0, 0.2
+# A smaller set is taken if its loss is at most this much above the best one's.
+NEARLY = 0.1
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ def joint_selection(
     config: LocateConfig,
     rng: np.random.Generator,
 ) -> tuple[list[Choice], dict[str, Any], int]:
-    """The smallest set of heads that reaches the goal on the select half.
+    """The set of heads that best reaches the goal on the select half.
 
     Args:
         model: the model.
@@ -226,7 +230,7 @@ def joint_selection(
     proposals = [
         _proposal(watched, name, heads, config) for name in PROPOSERS for heads in sets[name]
     ]
-    chosen = min(proposals, key=_preference)
+    chosen = best_of(proposals)
     order = in_order(watched, parse_heads(chosen["heads"]), config.harm)
     found = _choices(watched, order, config, rng)
     record = {
@@ -330,10 +334,11 @@ def _proposal(
     }
 
 
-def _preference(proposal: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Sets that reach the goal first, among them the smallest; then the least loss."""
-    reached = proposal["reached"]
-    return (not reached, proposal["k"] if reached else 0, proposal["loss"])
+def best_of(proposals: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The least loss among the sets that reach the goal, or a smaller set with nearly as little."""
+    able = [item for item in proposals if item["reached"]] or list(proposals)
+    limit = min(item["loss"] for item in able) + NEARLY
+    return min((p for p in able if p["loss"] <= limit), key=lambda p: (p["k"], p["loss"]))
 
 
 def _choices(

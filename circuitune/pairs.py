@@ -298,6 +298,8 @@ def _choose_prefix(
     model: Model, problems: Sequence[Problem], config: PairsConfig
 ) -> tuple[Writing, list[dict[str, Any]]]:
     """Measure each prefix on the same sample of select-half prompts and keep the best."""
+    # The order in which operators were asked for must not change the sample.
+    problems = sorted(problems, key=lambda problem: tuple(Operator).index(problem.operator))
     trials = []
     writings = {}
     for prefix in PREFIXES if config.prefix is None else (config.prefix,):

@@ -7,7 +7,6 @@ became less negative. Tuning may sharpen all logits at once, and then every effe
 effect is also given as a share of the total effect of the corruption in the same model.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,13 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.stats import mannwhitneyu
 
-from circuitune.components import Circuit, parse_component
+from circuitune.components import parse_component
 from circuitune.effects import EffectTable, grouped_p_values, measure
 from circuitune.errors import UserError
 from circuitune.models import Model
 from circuitune.pairs import Pair, PairSet, Split
 from circuitune.patching import unembed
+from circuitune.runs import read_circuit
 from circuitune.selection import all_heads
 from circuitune.slices import Delta, load_delta, merged
 from circuitune.stats import (
@@ -103,8 +103,7 @@ def changes(
     deltas = {"precise": load_delta(run / "tuned")}
     if (run / "tuned" / "random").is_dir():
         deltas["random"] = load_delta(run / "tuned" / "random")
-    content = json.loads((run / "circuit.json").read_text(encoding="utf-8"))
-    task = Circuit.from_json(content).task
+    task = read_circuit(run)[1].task
     pair_set = PairSet.load(run)
     pairs, answers = pair_set.of(task, split), pair_set.answers
     if len({pair.group for pair in pairs}) < 2:

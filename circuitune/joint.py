@@ -28,7 +28,7 @@ from circuitune.config import LocateConfig
 from circuitune.effects import EffectTable, measure
 from circuitune.errors import UserError
 from circuitune.knockout import final_at_end
-from circuitune.masks import by_mask, learn_mask
+from circuitune.masks import by_mask, check_in_memory, learn_mask
 from circuitune.models import Model
 from circuitune.pairs import Pair
 from circuitune.patching import EndStates, first_choice, unembed
@@ -221,7 +221,6 @@ def joint_selection(
         the heads in the order of what each adds, the record of the rule with every proposal, and
         their number.
     """
-    check_joint(config)
     most = largest(model, config)
     rankings = _rankings(model, searched, target, table, config, rng)
     pool = list(dict.fromkeys(head for ranking in rankings.values() for head in ranking[:POOL]))
@@ -250,12 +249,13 @@ def joint_selection(
     return found, record, len(found)
 
 
-def check_joint(config: LocateConfig) -> None:
-    """Refuse goals that no set could reach or that every set reaches.
+def check_joint(model: Model, config: LocateConfig) -> None:
+    """Refuse what joint selection cannot do, before anything is measured.
 
     Raises:
-        UserError: an option is out of range.
+        UserError: a goal that no set could reach or that every set reaches, or offloaded weights.
     """
+    check_in_memory(model)
     for name in ("left", "harm", "share"):
         value = getattr(config, name)
         if not 0 < value < 1:

@@ -63,6 +63,8 @@ def locate(model: Model, config: LocateConfig, run: Path, work: Path) -> None:
     """
     config = exactly(config)
     check_rule(config, ranks.world())
+    if config.rule == "joint":
+        check_joint(model, config)
     pair_set = ranks.first(lambda: PairSet.load(run))
     name = pair_set.tasks[0]
     pairs = pair_set.of(name, "select")
@@ -111,9 +113,8 @@ def together(
         rng: draws intervals.
 
     Raises:
-        UserError: a target has no pairs, or a goal is out of range.
+        UserError: a target has no pairs.
     """
-    check_joint(config)
     names = config.targets or pair_set.tasks[:1]
     for name in names:
         if name not in pair_set.tasks:

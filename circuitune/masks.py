@@ -54,11 +54,7 @@ def learn_mask(
     Raises:
         UserError: weights are offloaded.
     """
-    if model.offloaded:
-        raise UserError(
-            "A gradient mask needs all weights in memory for its backward pass, layers of "
-            f"{model.source} are offloaded; give more --max-memory or choose --rule iterated."
-        )
+    check_in_memory(model)
     wanted = _Wanted(
         torch.as_tensor(task.pairs.answers, device=model.device),
         torch.as_tensor(admissible, device=model.device),
@@ -75,6 +71,19 @@ def learn_mask(
         theta.grad = slope
         descent.step()
     return theta.detach().sigmoid().double().cpu().numpy()
+
+
+def check_in_memory(model: Model) -> None:
+    """Refuse a model whose layers are read from disk.
+
+    Raises:
+        UserError: weights are offloaded.
+    """
+    if model.offloaded:
+        raise UserError(
+            "A gradient mask needs all weights in memory for its backward pass, layers of "
+            f"{model.source} are offloaded; give more --max-memory or choose --rule iterated."
+        )
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from circuitune.pairs import PairSet, Writing, encode_text, pad, shipped_paragra
 from circuitune.patching import unembed
 from circuitune.problems import Operator, Problem, completion, sample_problems
 from circuitune.prompts import pad_left
-from circuitune.runs import write_json
+from circuitune.runs import read_circuit, write_json
 from circuitune.sites import resume, states_entering
 from circuitune.slices import Slice, attached, head_slices, save_delta, trainable
 from circuitune.validate import matched_heads
@@ -417,7 +417,7 @@ def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
     problems = training_problems(pair_set, test, config)
     random.Random(config.seed).shuffle(problems)
     examples = [to_example(model, problem, writing) for problem in problems]
-    circuit = Circuit.from_json(json.loads((run / "circuit.json").read_text(encoding="utf-8")))
+    _, circuit = read_circuit(run)
     chosen = choose_heads(circuit, EffectTable.load(run / "effects.parquet"), config.heads)
     rng = np.random.default_rng(config.seed)
     methods = {"precise": chosen, "random": matched_heads(chosen, model.heads, rng)}

@@ -399,7 +399,7 @@ def test_a_copy_of_the_model_is_the_model(run: Path, run_of_a_copy: tuple[Path, 
     before = weights.stat()
     os.utime(weights, ns=(1, 1))
     try:
-        runs.require_inputs(run, runs.STAGES["validate"])
+        runs.require_inputs(run, runs.STAGES["validate"])  # raises where it is another model
     finally:
         os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
         (run_of_a_copy[0] / "README.md").unlink()

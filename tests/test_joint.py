@@ -28,7 +28,7 @@ from circuitune.joint import (
     panel,
 )
 from circuitune.masks import by_mask, learn_mask
-from circuitune.models import Model
+from circuitune.models import Model, load
 from circuitune.pairs import Pair
 from tests.planted import build
 from tests.reference.slow_knockout import head_outputs, logits_without
@@ -177,9 +177,16 @@ def test_the_largest_set_is_a_share_of_the_heads(tiny: Callable[..., Model]) -> 
 
 
 @pytest.mark.parametrize("options", [{"left": 0.0}, {"harm": 1.0}, {"share": 2.0}])
-def test_goals_out_of_range_are_refused(options: dict) -> None:
+def test_goals_out_of_range_are_refused(options: dict, tiny: Callable[..., Model]) -> None:
     with pytest.raises(UserError, match="a share between 0 and 1"):
-        check_joint(LocateConfig(**options))
+        check_joint(tiny("llama"), LocateConfig(**options))
+
+
+def test_offloaded_weights_are_refused_before_anything_is_measured(tiny_folder: Path) -> None:
+    model = load(str(tiny_folder), device="cpu", max_memory="1K")
+    assert model.offloaded
+    with pytest.raises(UserError, match="needs all weights in memory"):
+        check_joint(model, LocateConfig())
 
 
 # ------------------------------------------------------------------------------ on the command line

@@ -298,9 +298,9 @@ def outcome(
     """
     places = list(range(len(task.clean.final))) if examples is None else list(examples)
     first, start, divergence = [], [], []
-    intact = task.clean.final[places]
-    for before, after in zip(intact.split(UNEMBED_ROWS), final.split(UNEMBED_ROWS), strict=True):
-        plain, ablated = (unembed(model, rows).log_softmax(-1) for rows in (before, after))
+    rows = torch.tensor(places, device=final.device).split(UNEMBED_ROWS)
+    for own, after in zip(rows, final.split(UNEMBED_ROWS), strict=True):
+        plain, ablated = task.intact(model, own), unembed(model, after).log_softmax(-1)
         first.append(ablated.argmax(-1).cpu().numpy())
         start.append(plain.argmax(-1).cpu().numpy())
         divergence.append((plain.exp() * (plain - ablated)).sum(-1).cpu().numpy())

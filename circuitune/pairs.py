@@ -40,6 +40,8 @@ from circuitune.stats import proportion
 Split = Literal["select", "test"]
 PREFIXES = ("", "\n", "Math:\n", "Calculate:\n", "Here is a problem: ", "Answer the question.\n")
 PROBE_PROMPTS = 96
+# A half tries up to this many prompts for each pair that it may keep.
+TRIES = 4
 TYPICAL_TOKENS = 16
 
 
@@ -339,7 +341,7 @@ def _select(
     counts = {}
     for split, problems in halves.items():
         rng = random.Random(f"{config.seed}/{operator.id}/{split}")
-        pool = _prompts(problems, writing, split, rng)[: 2 * config.per_split]
+        pool = _prompts(problems, writing, split, rng)[: TRIES * config.per_split]
         hits = _hits(model, pool)
         good = [pair for pair, hit in zip(pool, hits, strict=True) if hit][: config.per_split]
         if len(good) < 8 or len({pair.answer for pair in good}) < 2:

@@ -5,10 +5,10 @@ All values that leave this module are those of all pairs, also where several pro
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitune.components import Component, all_components
@@ -26,6 +26,9 @@ from circuitune.patching import (
 )
 from circuitune.prompts import Prompts, prefill_pairs
 from circuitune.ranks import WHOLE, Share
+
+# Next-token distributions of intact models are kept between knockouts up to this size.
+KEPT_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Task:
     clean: EndStates
     corrupt: EndStates
     average: EndStates
+    _intact: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -56,6 +60,15 @@ class Task:
     def answers(self) -> np.ndarray:
         """Place of the answer among the candidates, of this process's pairs."""
         return self.share.of(self.pairs.answers)
+
+    def intact(self, model: Model, places: Tensor) -> Float[Tensor, "row vocab"]:
+        """Next-token log probabilities of the clean run at END, of some of the pairs."""
+        width = model.hf.get_output_embeddings().weight.shape[0]
+        if 4 * width * len(self.clean.final) > KEPT_BYTES:
+            return unembed(model, self.clean.final[places]).log_softmax(-1)
+        if not self._intact:
+            self._intact.append(unembed(model, self.clean.final).log_softmax(-1))
+        return self._intact[0][places]
 
     def states(self, model: Model, ablated: Sequence[Component] = ()) -> EndStates:
         """States of the clean run, with components mean-ablated at END."""

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import mannwhitneyu
 
 from circuitune.components import parse_component
+from circuitune.deltas import Delta, load_delta, merged
 from circuitune.effects import EffectTable, grouped_p_values, measure
 from circuitune.errors import UserError
 from circuitune.models import Model
@@ -24,7 +25,6 @@ from circuitune.pairs import Pair, PairSet, Split
 from circuitune.patching import unembed
 from circuitune.runs import read_circuit
 from circuitune.selection import all_heads
-from circuitune.slices import Delta, load_delta, merged
 from circuitune.stats import (
     Interval,
     benjamini_hochberg,

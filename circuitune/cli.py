@@ -341,9 +341,24 @@ def transfer_command(run: RunFolder, values: dict[str, Any], config: ConfigFile 
 
 @app.command("tune")
 @with_options("tune")
-def tune_command(run: RunFolder, values: dict[str, Any], config: ConfigFile = None) -> None:
+def tune_command(
+    run: RunFolder,
+    values: dict[str, Any],
+    config: ConfigFile = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show data, mask and cost; train nothing.")
+    ] = False,
+) -> None:
     """Tune slices of the chosen heads, and of random heads as a control."""
     (options,) = stage_options(values | {"config": config}, "tune")
+    if dry_run:
+        from rich.console import Console
+
+        runs.require_inputs(run, runs.STAGES["tune"])
+        model = _open(run)()
+        for line in importlib.import_module("circuitune.tune").outlook(model, options, run):
+            Console().print(line, markup=False, highlight=False, soft_wrap=True)
+        return
     run_stage("tune", run, options, _open(run))
 
 
@@ -353,6 +368,77 @@ def evaluate_command(run: RunFolder, values: dict[str, Any], config: ConfigFile 
     """Exact match on held-out problems and drift on plain text, base against tuned."""
     (options,) = stage_options(values | {"config": config}, "evaluate")
     run_stage("evaluate", run, options, _open(run))
+
+
+Tuned = Annotated[Path, typer.Argument(help="Run directory, or a folder with a delta.")]
+Target = Annotated[Path, typer.Option("--out", help="Folder to make.")]
+
+
+@app.command("export")
+def export(
+    tuned: Tuned,
+    out: Target,
+    form: Annotated[str, typer.Option("--as", help="merged or lora.")] = "merged",
+    base: Annotated[str | None, typer.Option("--base", help="If it is elsewhere now.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of a merged checkpoint: float32, or as stored.")
+    ] = None,
+) -> None:
+    """Write tuned heads as a checkpoint that any program loads, or exactly as a PEFT LoRA."""
+    if form not in ("merged", "lora") or (form == "lora" and dtype):
+        raise UserError(
+            f"--as must be merged or lora, and --dtype is for merged alone, found --as {form}"
+            f"{f' --dtype {dtype}' if dtype else ''}; correct it."
+        )
+    if form == "merged":
+        made = importlib.import_module("circuitune.merging").merge(
+            tuned, out, base=base, dtype=dtype
+        )
+        what = (
+            f"{len(made.tensors)} tensors changed in {made.shards} file(s), {made.changed:,} of "
+            f"{made.numbers:,} tuned numbers differ from the base after rounding"
+        )
+    else:
+        made = importlib.import_module("circuitune.exporting").export_lora(tuned, out, base=base)
+        what = f"a LoRA on {made.modules} modules, rank up to {made.rank}"
+    told = "not measured, too large" if made.difference is None else f"{made.difference:.2g}"
+    typer.echo(
+        f"{out}: {what}, {made.size / 2**20:.1f} MiB, largest difference of a logit from the tuned "
+        f"model {told}, {made.seconds:.1f} s"
+    )
+
+
+@app.command("verify")
+def verify(
+    tuned: Annotated[Path, typer.Argument(help="Merged checkpoint, or a folder with a delta.")],
+    base: Annotated[str, typer.Option("--base", help="The base model, as in `circuitune run`.")],
+    delta: Annotated[
+        Path | None, typer.Option("--delta", help="The delta that it was merged from.")
+    ] = None,
+) -> None:
+    """Prove that every byte outside the tuned slices is the base's."""
+    found = importlib.import_module("circuitune.verifying").verify(tuned, base, delta=delta)
+    if found.proof == "nothing":
+        typer.echo(f"{tuned}: {base} holds the {found.touched} tensors that it was trained on")
+        return
+    inside = {"delta": "base + delta", "digest": "what was written"}[found.proof]
+    typer.echo(
+        f"{tuned}: {found.tensors} tensors, {found.compared / 2**20:.1f} MiB compared with {base}; "
+        f"outside {', '.join(found.components) or 'the slices'} every byte is equal, inside "
+        f"({found.inside / 2**20:.2f} MiB of {found.touched} tensors) it is {inside}"
+    )
+    if found.other_files:
+        typer.echo(f"other files that differ: {', '.join(found.other_files)}")
+
+
+@app.command("revert")
+def revert(
+    merged: Annotated[Path, typer.Argument(help="Checkpoint made by `circuitune export`.")],
+    out: Target,
+) -> None:
+    """Restore the base from a merged checkpoint, byte for byte."""
+    made = importlib.import_module("circuitune.merging").revert(merged, out)
+    typer.echo(f"{out}: {made.base}, {made.tensors} tensors restored in {made.shards} file(s)")
 
 
 @app.command("report")

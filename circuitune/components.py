@@ -18,7 +18,8 @@ Axis names of array shapes: ``example`` (one prompt pair), ``sender`` (one compo
 ``head`` (query heads, zero-based), ``d_head``, ``d_model``, ``candidate`` (admissible answers),
 ``token`` (position), ``vocab``; ``z`` (heads times d_head), ``width`` (d_head or d_model),
 ``inputs`` and ``outputs`` (of a projection), ``slice`` (its trained rows or columns), ``batch``
-(prompts that run together); in training ``text`` and ``text_token`` (rows of plain text); in
+(prompts that run together); in training ``text``, ``text_token`` and ``step`` (rows of plain
+text, their tokens, and those that predict one); in
 statistics ``row`` (whatever is compared), ``unit`` (what is resampled whole), ``draw`` (resamples)
 and ``test`` (hypotheses); ``paragraph`` and ``quantity`` (what is summed over a paragraph); of
 paths ``receiver``, ``role`` and ``cell`` (one position of one example).

@@ -130,19 +130,51 @@ class TransferConfig:
 class TuneConfig:
     """Tune only slices of the chosen heads, and of random heads as a control."""
 
-    heads: int = option(5, "Number of heads to tune.", least=1)
-    steps: int = option(150, "Optimiser steps.", least=1)
-    batch_size: int = option(32, "Problems per step.", least=1)
-    learning_rate: float = option(3e-3, "Peak learning rate of AdamW (linear decay).", least=0)
-    weight_decay: float = option(
-        0.0, "Decay of the deltas, that is towards the base weights.", least=0
+    methods: tuple[str, ...] = option(
+        ("precise", "random"),
+        "What is trained, one after the other: precise, random (as many heads of the same layers), "
+        "layers, lora, lora_heads, full.",
     )
+    heads: int = option(5, "Number of heads to tune.", least=1)
+    mlps: int = option(0, "Whole MLPs to tune, those with the strongest effects.", least=0)
+    pick: str = option(
+        "direct", "How heads are picked: direct, circuit, upstream, gradient or cost."
+    )
+    form: str = option("qo", "Tuned parts of a head: qo, or qkvo (shared keys and values too).")
+    data: str | None = option(
+        None, "Training texts (JSON lines, JSON, CSV, parquet, hub:NAME) instead of arithmetic."
+    )
+    max_tokens: int = option(512, "With --data: longer texts are cut.", least=8)
+    tune_operators: tuple[str, ...] = option(("add", "sub", "mul"), "Operators that are trained.")
+    digits: int = option(2, "Most digits of an operand.", least=1)
+    replay: float = option(0.0, "Share of training texts that are plain English.", least=0)
+    steps: int = option(150, "Optimiser steps.", least=1)
+    batch_size: int = option(32, "Texts per step.", least=1)
+    accumulate: int = option(1, "Pieces of a batch that run one after another.", least=1)
+    learning_rate: float = option(
+        0.0, "Peak learning rate of AdamW; 0 takes the method's own.", least=0
+    )
+    weight_decay: float = option(0.0, "Decay towards the base weights.", least=0)
     keep: float = option(
         8.0, "Weight of the KL to the base on plain text; 0 turns it off.", least=0
     )
-    tune_operators: tuple[str, ...] = option(("add", "sub", "mul"), "Operators that are trained.")
-    digits: int = option(2, "Most digits of an operand.", least=1)
+    head_scale: bool = option(False, "Scale gradients by heads per layer over tuned heads in it.")
     precision: str = option("auto", "float32, bfloat16, or auto: bfloat16 where it is fast.")
+    cache: bool = option(True, "Compute what enters the lowest tuned layer once, on disk.")
+    checkpointing: bool = option(False, "Save memory: run tuned layers twice.")
+    forget_budget: float = option(
+        0.0,
+        "Stop when the KL to the base on plain text passes this, nats a token; 0 never.",
+        least=0,
+    )
+    evaluate_every: int = option(0, "Steps between evaluations while training; 0 is none.", least=0)
+    patience: int = option(
+        0, "Stop when so many evaluations bring no better answers; 0 never.", least=0
+    )
+    save_every: int = option(
+        50, "Steps between checkpoints that a killed run resumes from.", least=0
+    )
+    tensorboard: bool = option(False, "Write TensorBoard logs beside log.jsonl.")
     seed: int = option(0, "Seed of every random choice.", least=0)
 
 

@@ -3,152 +3,33 @@
 Every number has an interval, every comparison is paired: the same problems, the same text.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
-from tqdm.auto import tqdm
-from transformers import GenerationConfig
 
+from circuitune.answering import exact_match
 from circuitune.config import EvaluateConfig
+from circuitune.deltas import Delta, load_delta, merged
 from circuitune.errors import UserError
+from circuitune.exercises import TEST_RESERVE, held_out_problems
 from circuitune.models import Model
-from circuitune.pairs import PairSet, Writing, encode_text, pad, shipped_paragraphs
-from circuitune.patching import unembed
-from circuitune.problems import Problem, completion
-from circuitune.prompts import pad_left, similar_lengths
+from circuitune.pairs import PairSet, Writing
+from circuitune.problems import Problem
+from circuitune.retention import drift, retention_text
 from circuitune.runs import write_json
-from circuitune.sites import resume, states_entering
-from circuitune.slices import Delta, load_delta, merged
 from circuitune.stats import (
     Interval,
     clustered_proportion,
     paired_difference,
     resample_counts,
 )
-from circuitune.tune import TEST_RESERVE, held_out_problems
 
-PROMPTS_PER_BATCH = 64
-TEXTS_PER_BATCH = 8
-NEW_TOKENS = 5  # at most three digits, after a space perhaps, and what ends the number
-# The number that an answer starts with, unless it goes on as a decimal fraction.
-ANSWER = re.compile(r"\s*(-?\d+)(?!\d|[.,]\d)")
-
-
-def read_answer(text: str) -> int | None:
-    """The whole number at the start of a generated answer, if there is one."""
-    found = ANSWER.match(text)
-    return int(found[1]) if found else None
-
-
-@torch.no_grad()
-def generate(
-    model: Model, prompts: Sequence[Sequence[int]], *, new_tokens: int = NEW_TOKENS
-) -> list[str]:
-    """Greedy continuations by Hugging Face's ``generate``, prompts of similar length together."""
-    texts = [""] * len(prompts)
-    settings = GenerationConfig(
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        eos_token_id=model.tokenizer.eos_token_id,
-        pad_token_id=model.tokenizer.eos_token_id or 0,
-    )
-    for places in similar_lengths([len(tokens) for tokens in prompts], PROMPTS_PER_BATCH):
-        tokens, mask = pad_left([prompts[place] for place in places])
-        output = model.hf.generate(
-            tokens.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=settings,
-        )
-        decoded = model.tokenizer.batch_decode(output[:, tokens.shape[1] :])
-        for place, text in zip(places, decoded, strict=True):
-            texts[place] = text
-    return texts
-
-
-def exact_match(
-    model: Model, problems: Sequence[Problem], writing: Writing
-) -> Bool[np.ndarray, " example"]:
-    """Whether the whole generated answer is right, per problem."""
-    asked = [writing.write(*completion(problem))[0] for problem in problems]
-    texts = generate(model, [encode_text(model.tokenizer, prompt) for prompt in asked])
-    pairs = zip(problems, texts, strict=True)
-    return np.array([read_answer(text) == problem.answer for problem, text in pairs])
-
-
-def retention_text(path: str | None) -> list[str]:
-    """Paragraphs of a text file, one a line; by default shipped ones that training never sees.
-
-    Raises:
-        UserError: the file is absent or holds fewer than ten paragraphs.
-    """
-    if path is None:
-        return shipped_paragraphs()[1::2]  # training may see the others
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--retention must be a readable text file, {path} is not ({error}); check it."
-        ) from error
-    paragraphs = [line.strip() for line in text.splitlines() if len(line.split()) >= 10]
-    if len(paragraphs) < 10:
-        raise UserError(
-            f"--retention must hold at least ten lines of ten words, {path} has "
-            f"{len(paragraphs)}; give a longer text."
-        )
-    return paragraphs
-
-
-@torch.no_grad()
-def drift(
-    model: Model, deltas: Mapping[str, Delta], paragraphs: Sequence[str], *, width: int = 64
-) -> dict[str, Float[np.ndarray, "paragraph quantity"]]:
-    """Loss and KL of every variant on plain text, per paragraph.
-
-    Args:
-        model: the base model.
-        deltas: variants by name.
-        paragraphs: the text.
-        width: most tokens of a paragraph.
-
-    Returns:
-        for ``base`` and each variant, per paragraph the columns: number of predicted tokens,
-        sum of negative log likelihoods in nats, sum over positions of KL(base || variant).
-    """
-    rows = [encode_text(model.tokenizer, text)[:width] for text in paragraphs]
-    result = {name: np.zeros((len(rows), 3)) for name in ("base", *deltas)}
-    shared = min((delta.lowest_layer for delta in deltas.values()), default=0)
-    groups = similar_lengths([len(row) for row in rows], TEXTS_PER_BATCH)
-    for places in tqdm(groups, desc="retention", disable=None, leave=False):
-        # Padding on the right reaches nothing under a causal mask.
-        tokens = pad([rows[place] for place in places], 0).to(model.device)
-        real = pad([[1] * (len(rows[place]) - 1) for place in places], 0).to(model.device)
-        entering = states_entering(model, shared, tokens)
-        base = _log_probs(model, tokens, shared, entering)
-        for name in result:
-            own = base
-            if name != "base":
-                with merged(model, deltas[name]):
-                    own = _log_probs(model, tokens, shared, entering)
-            loss = -own.gather(-1, tokens[:, 1:, None])[..., 0]
-            kl = (base.exp() * (base - own)).sum(dim=-1)
-            sums = [(values * real).sum(dim=1) for values in (torch.ones_like(loss), loss, kl)]
-            result[name][places] = torch.stack(sums, dim=1).cpu().double().numpy()
-    return result
-
-
-def _log_probs(
-    model: Model, tokens: torch.Tensor, layer: int, entering: torch.Tensor
-) -> Float[torch.Tensor, "batch token vocab"]:
-    """Next-token log probabilities from the states that enter a layer."""
-    with resume(model, layer, entering):
-        final = model.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    return unembed(model, final[:, :-1]).log_softmax(dim=-1)
+# Every other variant is compared with this one.
+CHIEF = "precise"
 
 
 @contextmanager
@@ -174,7 +55,7 @@ def accuracy_records(
     *,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Exact match per operator and over all, gains over the base, precise against random."""
+    """Exact match per operator and over all, gains over the base, precise against the others."""
     records = []
     operators = list(dict.fromkeys(problem.operator.id for problem in problems))
     for task in ("arithmetic", *operators):
@@ -192,10 +73,9 @@ def accuracy_records(
             if name != "base":
                 gain = compare(name, "base")
                 records.append(_record(task, name, "exact_match_gain", gain, len(places)))
-        if {"precise", "random"} <= set(values):
-            gap = compare("precise", "random")
-            name = "precise - random"
-            records.append(_record(task, name, "exact_match", gap, len(places)))
+        for name in rivals(values):
+            gap = compare(CHIEF, name)
+            records.append(_record(task, f"{CHIEF} - {name}", "exact_match", gap, len(places)))
     return records
 
 
@@ -224,21 +104,37 @@ def drift_records(
             kinds["kl"] = per_token(values, 2)
         for metric, draws in kinds.items():
             records.append(_record("retention", name, metric, triple(draws), paragraphs))
-    if {"precise", "random"} <= set(measured):
-        gap = per_token(measured["precise"], 2) - per_token(measured["random"], 2)
-        records.append(_record("retention", "precise - random", "kl", triple(gap), paragraphs))
+    for name in rivals(measured):
+        gap = per_token(measured[CHIEF], 2) - per_token(measured[name], 2)
+        records.append(_record("retention", f"{CHIEF} - {name}", "kl", triple(gap), paragraphs))
     return records
 
 
+def rivals(variants: Iterable[str]) -> list[str]:
+    """The variants that precise tuning is compared with; none where it was not trained."""
+    names = list(variants)
+    return [name for name in names if name not in ("base", CHIEF)] if CHIEF in names else []
+
+
+def tuned_variants(run: Path) -> dict[str, Delta]:
+    """Every delta of a run by its method: that in ``tuned/``, then those in folders below it.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    top = run / "tuned"
+    inside = sorted(path for path in top.iterdir() if path.is_dir()) if top.is_dir() else []
+    deltas = [load_delta(folder) for folder in (top, *inside)]
+    return {str(delta.facts.get("method", CHIEF)): delta for delta in deltas}
+
+
 def evaluate(model: Model, config: EvaluateConfig, run: Path, work: Path) -> None:
-    """The stage: base, precise and random on the same problems and text; writes ``eval.json``."""
+    """The stage: base and variants on the same problems and text; writes ``eval.json``."""
     pair_set = PairSet.load(run)
     selection = pair_set.selection
     writing = Writing(selection["prefix"], selection["spaced_answer"])
-    deltas = {"precise": load_delta(run / "tuned")}
-    if (run / "tuned" / "random").is_dir():
-        deltas["random"] = load_delta(run / "tuned" / "random")
-    options = deltas["precise"].facts["options"]
+    deltas = tuned_variants(run)
+    options = next(iter(deltas.values())).facts["options"]
     if config.problems > TEST_RESERVE:
         raise UserError(
             f"--problems must be at most {TEST_RESERVE}, the number kept out of training, found "

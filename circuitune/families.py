@@ -26,8 +26,6 @@ class Family:
         out: path from a layer to the output projection W_O; its input is z, the concatenated
             head outputs.
         mlp: path from a layer to the module whose output is the MLP's output.
-        query: path from a layer to a projection whose rows ``head * d_head`` onwards are W_Q of
-            that head, or None if the queries are stored in another way.
         key: path from a layer to the projection that makes the keys.
         fused: whether ``key`` makes queries, keys and values at once.
         layout: how these lie in a fused output: ``stacked``, the queries of all heads, then all
@@ -47,7 +45,6 @@ class Family:
     attention: str = "self_attn"
     out: str = "self_attn.o_proj"
     mlp: str = "mlp"
-    query: str | None = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     fused: bool = False
     layout: Literal["stacked", "grouped"] | None = None
@@ -77,7 +74,6 @@ OTHERS = (
     ),
     Family(
         "phi3",
-        query="self_attn.qkv_proj",  # stacked: the rows of all queries come first
         key="self_attn.qkv_proj",
         fused=True,
         layout="stacked",
@@ -89,7 +85,6 @@ OTHERS = (
         layers="transformer.h",
         attention="attn",
         out="attn.c_proj",
-        query=None,  # stored transposed (Conv1D)
         key="attn.c_attn",
         fused=True,
         layout="stacked",
@@ -101,7 +96,6 @@ OTHERS = (
         layers="transformer.h",
         attention="attn",
         out="attn.out_proj",
-        query="attn.q_proj",
         key="attn.k_proj",
         norm_before_attention=None,  # the MLP reads the norm too
     ),
@@ -111,7 +105,6 @@ OTHERS = (
         layers="gpt_neox.layers",
         attention="attention",
         out="attention.dense",
-        query=None,  # queries, keys and values of a head lie together
         key="attention.query_key_value",
         fused=True,
         layout="grouped",
@@ -122,7 +115,6 @@ OTHERS = (
         layers="transformer.h",
         attention="self_attention",
         out="self_attention.dense",
-        query=None,  # the order of the rows depends on the variant
         key="self_attention.query_key_value",
         fused=True,
         layout="grouped",  # all variants: one key-value head, as many as heads, or between

@@ -302,7 +302,6 @@ def by_structure(hf: PreTrainedModel, source: str) -> Family:
         trunk=trunk,
         **found,
         fused=bool(fused),
-        query=None,
         norm_before_attention=None,
         proven=False,
     )

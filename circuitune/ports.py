@@ -96,8 +96,7 @@ def projections(model: Model) -> dict[Kind, str]:
         UserError: they are not known, or are not as wide as the heads.
     """
     family = model.family
-    stem, _, name = family.key.rpartition(".")
-    paths = family.qkv or tuple(f"{stem}.{other}" for other in NAMES.get(name, ()))
+    paths = family.qkv or _siblings(family.key)
     if family.fused:
         paths = (family.key,) * 3 if family.layout else ()
     queries, keys = model.heads, model.kv_heads
@@ -111,12 +110,37 @@ def projections(model: Model) -> dict[Kind, str]:
     return dict(zip(("q", "k", "v"), paths, strict=True))
 
 
+def head_rows(model: Model, head: Head, kind: Literal["q", "k", "v"]) -> tuple[str, slice]:
+    """Where the weights of a head's query, key or value lie.
+
+    Returns:
+        the path from a layer to the projection that has them, also where a norm over all heads
+        follows it (OLMo-2), and their part of the projection's outputs.
+
+    Raises:
+        UserError: there is no such head, or the model keeps them in an unknown way.
+    """
+    port = find_port(model, Receiver(head, kind), "group")
+    if model.part(head.layer, port.path).weight.ndim > 1:
+        return port.path, port.columns
+    siblings = dict(zip(("q", "k", "v"), _siblings(model.family.key), strict=False))
+    if kind not in siblings:
+        raise _unknown(model)
+    return siblings[kind], port.columns
+
+
+def _siblings(key: str) -> tuple[str, ...]:
+    """Paths of the projections of queries, keys and values, from that of the keys, if known."""
+    stem, _, name = key.rpartition(".")
+    return tuple(f"{stem}.{other}" for other in NAMES.get(name, ()))
+
+
 def _unknown(model: Model) -> UserError:
     return UserError(
-        "Paths into a head need its query, key and value as parts of a projection that no other "
-        f"head reads, {model.source} (type {model.family.name}) keeps them in an unknown way; "
-        "measure direct effects or paths into MLPs, or say where they lie (qkv, layout) in "
-        "circuitune/families.py."
+        "Paths into a head and its tuning need its query, key and value as parts of a projection "
+        f"that no other head reads, {model.source} (type {model.family.name}) keeps them in an "
+        "unknown way; measure direct effects or paths into MLPs, or say where they lie (qkv, "
+        "layout) in circuitune/families.py."
     )
 
 

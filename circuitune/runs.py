@@ -67,7 +67,12 @@ STAGES = {
             ("transfer.parquet", "transfer.json"),
             ("tuned", "tune.json"),
         ),
-        Stage("tune", (*PAIRS, "effects.parquet", "circuit.json"), ("tuned", "tune.json")),
+        Stage(
+            "tune",
+            (*PAIRS, "effects.parquet", "circuit.json"),
+            ("tuned", "tune.json"),
+            ("paths.parquet",),
+        ),
         Stage("evaluate", (*PAIRS, "tuned", "tune.json"), ("eval.json",)),
     )
 }
@@ -369,7 +374,10 @@ def writing(run: Path, stage: Stage, config: Any, *, processes: int = 1) -> Iter
         }
         write_json(run / MANIFEST, manifest)
         for path in run.glob(f".{stage.name}-parts-*"):  # also of attempts with other options
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -429,6 +437,18 @@ def progress(run: Path, stage: Stage, config: Any, *, process: str = "") -> Prog
             name, value = json.loads(line)
             done[name] = value
     return Progress(path, done)
+
+
+def lasting(run: Path, stage: Stage, config: Any) -> Path:
+    """A folder for checkpoints of a stage, which outlives an interruption.
+
+    Its name tells all that it depends on, as that of `progress`; `writing` removes it when the
+    stage is done.
+    """
+    key = stage_key(run, stage, config)[:20]
+    path = run / f".{stage.name}-parts-{key}.d"
+    path.mkdir(exist_ok=True)
+    return path
 
 
 def note_model(run: Path, facts: dict[str, Any]) -> None:

@@ -262,7 +262,8 @@ def blend(
 @contextmanager
 def substitute(module: nn.Module, output: Any) -> Iterator[None]:
     """Let ``module`` return ``output`` (or ``output(*args)`` if callable) without computing."""
-    forward = output if callable(output) else (lambda *_args, **_kwargs: output)
+    # __call__: a module as an attribute would become a child, and the class's forward would stay.
+    forward = output.__call__ if callable(output) else (lambda *_args, **_kwargs: output)
     own = module.__dict__.get("forward")  # an offloading wrapper may live on the instance
     module.forward = forward
     try:

@@ -1,371 +1,197 @@
-"""Tune slices of chosen heads, and nothing else; the same on random heads as a control.
+"""The stage that tunes: chosen parts of the model, and controls on the same data.
 
-One training path for every method: a method is a list of slices. The deltas are fp32 parameters
-over a frozen base; backward stops at the lowest tuned layer; the hidden states that enter it are
-computed once per problem; logits exist at supervised positions only. The loop is the Hugging Face
-Trainer's.
+A method is what is trainable (`circuitune.methods`); data, loss and loop are the same for all.
+Each variant is kept as soon as it is trained, and a stage that was killed goes on with the last
+checkpoint of the variant that it was at.
 """
 
 import copy
-import json
-import random
-import sys
-import time
-from collections.abc import Sequence
+import shutil
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from torch import Tensor
 
-from circuitune.components import Circuit, Component, Head
+from circuitune import methods
+from circuitune.answering import exact_match
 from circuitune.config import TuneConfig
-from circuitune.effects import EffectTable
+from circuitune.deltas import COMPONENTS, load_delta, save_tensors
 from circuitune.errors import UserError
+from circuitune.examples import (
+    Example,
+    arithmetic_example,
+    digest,
+    preview,
+    text_examples,
+    to_examples,
+)
+from circuitune.exercises import exercises
+from circuitune.methods import Method
 from circuitune.models import Model
-from circuitune.pairs import PairSet, Writing, encode_text, pad, shipped_paragraphs
-from circuitune.patching import unembed
-from circuitune.problems import Operator, Problem, completion, sample_problems
-from circuitune.prompts import pad_left
-from circuitune.runs import read_circuit, write_json
-from circuitune.sites import resume, states_entering
-from circuitune.slices import Slice, attached, head_slices, save_delta, trainable
-from circuitune.validate import matched_heads
+from circuitune.pairs import PairSet, Writing
+from circuitune.picking import pick_heads, pick_mlps
+from circuitune.plan import Workload, plan
+from circuitune.prefix import TEXT_TOKENS, own_text, text_rows, training_text
+from circuitune.problems import Problem
+from circuitune.retention import base_text, drift_now
+from circuitune.runs import STAGES, lasting, write_json
+from circuitune.slices import Form, collateral, head_gains
+from circuitune.supervised import TEXT_ROWS, LoopConfig, training_set
+from circuitune.texts import read_training_data
+from circuitune.training import Monitor, Outcome, train
 
-PREFIX_BATCH = 64
-# Test problems are drawn first; training never holds an operand pair of any of them.
-TEST_RESERVE = 600
-TEXT_TOKENS = 40  # length of a row of plain text
-TEXT_ROWS = 3  # rows of plain text per step
-OWN_TEXTS = 4  # texts that the base writes after each opening
-IGNORED = -100  # label of positions without a loss, the convention of torch's cross entropy
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training text: its tokens and, from ``start`` on, the tokens that are supervised."""
-
-    tokens: list[int]
-    start: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one training run gave."""
-
-    deltas: dict[Slice, Tensor]
-    seconds: float
-    tokens: int
-    losses: list[float]
-
-
-def held_out_problems(
-    pair_set: PairSet, operators: Sequence[str], *, digits: int, n: int, seed: int
-) -> list[Problem]:
-    """Test problems: their one-digit operand pairs lie in the held-out half of the run."""
-    from_file = set(pair_set.selection["select_groups"])
-    chosen = [Operator.parse(text) for text in operators]
-    return sample_problems(chosen, digits=digits, n=n, seed=seed + 1, exclude=from_file)
-
-
-def training_problems(
-    pair_set: PairSet, test: Sequence[Problem], config: TuneConfig
-) -> list[Problem]:
-    """Training problems: no operand pair of the test problems or of the run's held-out half."""
-    kept_out = set(pair_set.selection["held_out_groups"]) | {problem.group for problem in test}
-    operators = [Operator.parse(text) for text in config.tune_operators]
-    return sample_problems(
-        operators,
-        digits=config.digits,
-        n=config.steps * config.batch_size,
-        seed=config.seed + 2,
-        exclude=kept_out,
-    )
-
-
-def to_example(model: Model, problem: Problem, writing: Writing) -> Example:
-    """Prompt, answer and a line break, which tells the model to stop; loss on the last two."""
-    prompt, answer = writing.write(*completion(problem))
-    whole = encode_text(model.tokenizer, prompt + answer + "\n")
-    start = len(encode_text(model.tokenizer, prompt))
-    if whole[:start] != encode_text(model.tokenizer, prompt):
-        raise UserError(
-            f"A prompt must keep its tokens when the answer follows, {prompt!r} does not; use a "
-            "tokenizer that writes numbers digit by digit."
-        )
-    return Example(whole, start)
-
-
-class Supervised(nn.Module):
-    """The model from a layer upwards with its training loss, as the Trainer wants it."""
-
-    def __init__(self, model: Model, layer: int, keep: float) -> None:
-        """Keep the model out of the parameter list except for what is trainable.
-
-        Args:
-            model: the model with deltas attached.
-            layer: the lowest tuned layer; inputs are the hidden states that enter it.
-            keep: weight of the KL to the base on plain text, 0 for none.
-        """
-        super().__init__()
-        self.deltas = nn.ParameterList(trainable(model))
-        self._model = (model,)  # in a tuple: the frozen base is not this module's state
-        self._layer = layer
-        self._keep = keep
-
-    def forward(
-        self,
-        input_ids: Int[Tensor, "batch token"],
-        labels: Int[Tensor, "batch token"],
-        hidden: Float[Tensor, "batch token d_model"],
-        text_ids: Int[Tensor, "text text_token"],
-        text_hidden: Float[Tensor, "text text_token d_model"],
-        text_final: Float[Tensor, "text text_token d_model"],
-    ) -> dict[str, Tensor]:
-        """Cross entropy of the answers plus the weighted KL to the base, nats per token."""
-        (model,) = self._model
-        chosen = labels != IGNORED
-        states = self._final_states(input_ids, hidden)
-        loss = nn.functional.cross_entropy(unembed(model, states[chosen]), labels[chosen])
-        if self._keep:
-            now = unembed(model, self._final_states(text_ids, text_hidden)).log_softmax(dim=-1)
-            base = unembed(model, text_final).log_softmax(dim=-1)
-            loss = loss + self._keep * (base.exp() * (base - now)).sum(dim=-1).mean()
-        return {"loss": loss}
-
-    def _final_states(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        (model,) = self._model
-        with resume(model, self._layer, hidden):
-            return model.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+# Peak learning rates of AdamW where none is given: for slices that of docs/log.md, for whole
+# matrices the usual values of TRL and PEFT times 2.5 to 5, since runs are short.
+LEARNING_RATES = {
+    "precise": 3e-3,
+    "random": 3e-3,
+    "layers": 1e-3,
+    "lora": 1e-3,
+    "lora_heads": 3e-3,
+    "full": 5e-5,
+}
+# Paragraphs that watch the forget budget while training; the anchor does not see them.
+WATCHED_TEXTS = 20
 
 
 @dataclass(frozen=True)
-class PlainText:
-    """Plain text on which the tuned model is held to the base (never the text of evaluation).
+class Lessons:
+    """What is trained on, the same for every method.
 
     Attributes:
-        tokens: token ids, all rows of one length.
-        hidden: hidden states that enter the lowest tuned layer.
-        final: final hidden states of the base.
+        examples: the texts.
+        watch: problems that are answered while training.
+        writing: how the run writes problems.
+        facts: where the texts come from, counts, and their digest.
     """
 
-    tokens: Int[Tensor, "text text_token"]
-    hidden: Float[Tensor, "text text_token d_model"]
-    final: Float[Tensor, "text text_token d_model"]
+    examples: list[Example]
+    watch: list[Problem]
+    writing: Writing
+    facts: dict[str, Any]
 
 
-# Openings for text that the base writes itself: numbers that are no sums, which tuning on sums
-# would otherwise pull towards answers, and which the shipped paragraphs do not hold.
-OPENINGS = (
-    "In 19",
-    "The population was ",
-    "Born on 3 ",
-    "The album sold ",
-    "Chapter 2",
-    "The final score was 3",
-    "It was built in 18",
-    "The road is ",
-    "Add 2 cups of ",
-    "Version 1.",
-    "The first of 12 ",
-    "At 7:",
-    "Price: $",
-    "The team won ",
-    "On page 4",
-    "Between 20",
-)
+def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
+    """The stage: train every method on the same data; writes ``tuned/`` and ``tune.json``.
 
-
-@torch.no_grad()
-def own_text(model: Model, *, seed: int) -> list[list[int]]:
-    """Rows of `TEXT_TOKENS` tokens that the model writes after each of `OPENINGS`, sampled."""
-    settings = GenerationConfig(
-        max_new_tokens=TEXT_TOKENS,
-        min_new_tokens=TEXT_TOKENS,
-        do_sample=True,
-        top_k=0,
-        num_return_sequences=OWN_TEXTS,
-        pad_token_id=model.tokenizer.eos_token_id or 0,
-        eos_token_id=model.tokenizer.eos_token_id,
-    )
-    rows: list[list[int]] = []
-    with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]):
-        torch.manual_seed(seed)
-        tokens, mask = pad_left([encode_text(model.tokenizer, text) for text in OPENINGS])
-        written = model.hf.generate(
-            tokens.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=settings,
-        )
-    padding = (mask == 0).sum(dim=1).repeat_interleave(OWN_TEXTS).tolist()
-    for row, skip in zip(written.tolist(), padding, strict=True):
-        rows.append(row[skip : skip + TEXT_TOKENS])
-    return rows
-
-
-@torch.no_grad()
-def plain_text(
-    model: Model, paragraphs: Sequence[str], layer: int, own: Sequence[list[int]] = ()
-) -> PlainText:
-    """Run the base over paragraphs of at least `TEXT_TOKENS` tokens, and over its own text."""
-    rows = [encode_text(model.tokenizer, text)[:TEXT_TOKENS] for text in paragraphs]
-    rows = [row for pair in zip_longest(rows, own) for row in pair if row]
-    tokens = torch.tensor([row for row in rows if len(row) == TEXT_TOKENS], device=model.device)
-    hidden = states_entering(model, layer, tokens)
-    with resume(model, layer, hidden):
-        final = model.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    return PlainText(tokens, hidden, final)
-
-
-@torch.no_grad()
-def prefix_states(
-    model: Model, examples: Sequence[Example], layer: int
-) -> list[Float[Tensor, "token d_model"]]:
-    """Hidden states that enter ``layer`` for each example; exact, since below nothing trains."""
-    entering: list[Tensor] = [torch.empty(0)] * len(examples)
-    order = sorted(range(len(examples)), key=lambda place: len(examples[place].tokens))
-    for first in range(0, len(order), PREFIX_BATCH):
-        places = order[first : first + PREFIX_BATCH]
-        tokens = pad([examples[place].tokens[:-1] for place in places], 0).to(model.device)
-        hidden = states_entering(model, layer, tokens)
-        for row, place in enumerate(places):
-            entering[place] = hidden[row, : len(examples[place].tokens) - 1].clone()
-    return entering
-
-
-def collate(items: Sequence[dict[str, Any]], text: PlainText) -> dict[str, Tensor]:
-    """A batch for `Supervised`: inputs, next-token labels, hidden states, and plain text.
-
-    The text rows are a function of the batch's first items, so a run can be repeated exactly.
-    """
-    examples: list[Example] = [item["example"] for item in items]
-    labels = [
-        [IGNORED] * (example.start - 1) + example.tokens[example.start :] for example in examples
-    ]
-    rows = [item["place"] % len(text.tokens) for item in items[:TEXT_ROWS]]
-    return {
-        "text_ids": text.tokens[rows],
-        "text_hidden": text.hidden[rows],
-        "text_final": text.final[rows],
-        "input_ids": pad([example.tokens[:-1] for example in examples], 0),
-        "labels": pad(labels, IGNORED),
-        "hidden": nn.utils.rnn.pad_sequence([item["hidden"] for item in items], batch_first=True),
-    }
-
-
-class LossLog(TrainerCallback):
-    """Write every logged step as a line of JSON and keep the losses."""
-
-    def __init__(self, path: Path) -> None:
-        """Log to ``path``."""
-        self.path = path
-        self.losses: list[float] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Called by the Trainer."""
-        if logs and "loss" in logs:
-            self.losses.append(float(logs["loss"]))
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """Everything that enters the lowest tuned layer, computed once; shared by all variants."""
-
-    layer: int
-    items: list[dict[str, Any]]
-    text: PlainText
-    tokens: int
-
-
-def training_set(
-    model: Model, examples: Sequence[Example], layer: int, *, seed: int = 0
-) -> TrainingSet:
-    """Run the frozen layers below ``layer`` over the examples and the plain text."""
-    entering = prefix_states(model, examples, layer)
-    items = [
-        {"example": example, "hidden": entering[place], "place": place}
-        for place, example in enumerate(examples)
-    ]
-    tokens = sum(len(example.tokens) - 1 for example in examples)
-    text = plain_text(model, training_text(), layer, own_text(model, seed=seed))
-    return TrainingSet(layer, items, text, tokens)
-
-
-def train(
-    model: Model, parts: Sequence[Slice], data: TrainingSet, config: TuneConfig, work: Path
-) -> Outcome:
-    """Train deltas for the given slices.
-
-    Args:
-        model: the model in its training precision; left exactly as it was.
-        parts: what is trainable, at or above the layer of ``data``.
-        data: what enters that layer.
-        config: options.
-        work: folder for the Trainer's files and ``log.jsonl``.
+    The first method's delta lies in ``tuned/``, the others in folders of their names below it.
 
     Raises:
-        UserError: the loss became NaN or infinite.
+        UserError: the weights cannot be tuned, an option or the data are unusable, the loss became
+            NaN, or the disk is full. Then the run is as it was.
     """
-    started = time.monotonic()
-    log = LossLog(work / "log.jsonl")
-    with attached(model, parts) as views:
-        trainer = Trainer(
-            model=Supervised(model, data.layer, config.keep),
-            args=training_arguments(model, config, work),
-            train_dataset=data.items,
-            data_collator=partial(collate, text=data.text),
-            callbacks=[log],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        deltas = {part: view.detach().clone() for part, view in views.items()}
-    if not all(torch.isfinite(value).all() for value in deltas.values()):
+    _check(model, config)
+    lessons = lessons_for(model, PairSet.load(run), config)
+    trained = in_precision(model, training_precision(model, config.precision))
+    heads = pick_heads(trained, run, config.heads, rule=config.pick, examples=lessons.examples)
+    mlps = pick_mlps(run, config.mlps)
+    kept = lasting(run, STAGES["tune"], config)
+    variants: dict[str, Any] = {}
+    for place, name in enumerate(config.methods):
+        rng = np.random.default_rng(config.seed)
+        method = methods.build(name, model, heads, mlps, config.form, rng)
+        folder = kept / name
+        if not (folder / COMPONENTS).is_file():
+            folder.mkdir(exist_ok=True)
+            save_variant(model, trained, method, lessons, config, folder)
+        variants[name] = load_delta(folder).facts
+        _collect(folder, work / "tuned" / name if place else work / "tuned")
+    content = {
+        "variants": variants,
+        "rule": f"Heads: {config.pick}, see `circuitune.picking`.",
+        "data": lessons.facts,
+        "precision": str(trained.dtype).removeprefix("torch."),
+    }
+    write_json(work / "tune.json", content)
+
+
+def _collect(folder: Path, target: Path) -> None:
+    """Copy what a variant leaves: its delta, its record and its logs, no checkpoints or caches."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy2(path, target / path.name)
+    if (folder / "tensorboard").is_dir():
+        shutil.copytree(folder / "tensorboard", target / "tensorboard", dirs_exist_ok=True)
+
+
+def _check(model: Model, config: TuneConfig) -> None:
+    if model.offloaded or model.quantised:
         raise UserError(
-            f"Training must keep the loss finite, it did not (last losses {log.losses[-3:]}); "
-            "lower --learning-rate."
+            f"Tuning needs all weights in memory as plain numbers, those of {model.source} are "
+            f"{'quantised' if model.quantised else 'read when they are used'}; start the run with "
+            "an unquantised checkpoint and without --max-memory."
         )
-    return Outcome(deltas, time.monotonic() - started, data.tokens, log.losses)
+    known = list(methods.METHODS)
+    if not set(config.methods) <= set(known) or len(set(config.methods)) < len(config.methods):
+        raise UserError(
+            f"--methods must be some of {', '.join(known)}, each once, found "
+            f"{', '.join(config.methods)}; correct it."
+        )
+    if config.form not in get_args(Form):
+        raise UserError(
+            f"--form must be {' or '.join(get_args(Form))}, found {config.form!r}; use one of them."
+        )
+    if config.replay >= 1:
+        raise UserError(f"--replay must be below 1, found {config.replay}; choose a smaller share.")
+    stops = config.forget_budget or config.patience
+    if stops and not config.evaluate_every:
+        raise UserError(
+            "--forget-budget and --patience need evaluations while training, found "
+            "--evaluate-every 0; give a number of steps."
+        )
 
 
-def training_text() -> list[str]:
-    """The half of the shipped paragraphs that training may see; evaluation uses the other."""
-    return shipped_paragraphs()[0::2]
+# ------------------------------------------------------------------------------------- the data
 
 
-def training_arguments(model: Model, config: TuneConfig, work: Path) -> TrainingArguments:
-    """The Trainer's settings: AdamW, linear decay after a short warm-up, no checkpoints."""
-    return TrainingArguments(
-        output_dir=str(work / "trainer"),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=max(1, config.steps // 20),
-        lr_scheduler_type="linear",
-        logging_steps=max(1, config.steps // 20),
-        save_strategy="no",
-        report_to=[],
-        remove_unused_columns=False,
-        use_cpu=model.device.type == "cpu",
+def lessons_for(model: Model, pair_set: PairSet, config: TuneConfig) -> Lessons:
+    """Training texts of a run: generated arithmetic or a file, and plain text for replay.
+
+    Raises:
+        UserError: the data are unusable.
+    """
+    selection = pair_set.selection
+    writing = Writing(selection["prefix"], selection["spaced_answer"])
+    drawn = exercises(
+        pair_set,
+        config.tune_operators,
+        digits=config.digits,
+        n=0 if config.data else config.steps * config.batch_size,
         seed=config.seed,
-        data_seed=config.seed,
-        disable_tqdm=not sys.stderr.isatty(),
-        dataloader_pin_memory=False,
+        watch=config.evaluate_every > 0,
     )
+    if config.data:
+        texts = read_training_data(config.data, seed=config.seed)
+        encoded = to_examples(model.tokenizer, texts, max_tokens=config.max_tokens)
+        said = f"{texts.announcement} {encoded.summary}"
+        examples = list(encoded.examples)
+        facts = {"source": config.data, "said": said} | encoded.facts
+    else:
+        examples = [arithmetic_example(model.tokenizer, p, writing) for p in drawn.train]
+        facts = {"source": "generated arithmetic", "said": "Generated arithmetic."}
+    if config.replay:
+        count = round(len(examples) * config.replay / (1 - config.replay))
+        plain = text_examples(model.tokenizer, training_text(), max_tokens=config.max_tokens)
+        examples += [plain[place % len(plain)] for place in range(count)]
+        facts["replayed"] = count
+    return Lessons(
+        examples, drawn.watch, writing, facts | {"texts": len(examples), "digest": digest(examples)}
+    )
+
+
+def in_precision(model: Model, dtype: torch.dtype) -> Model:
+    """The model itself, or a copy in another dtype."""
+    if model.dtype == dtype:
+        return model
+    twin = copy.deepcopy(model.hf).to(dtype)
+    if model.device.type == "cpu":
+        # torch's fused attention has a slow bfloat16 backward pass on CPUs (3x the whole step).
+        twin.set_attn_implementation("eager")
+    return replace(model, hf=twin)
 
 
 def training_precision(model: Model, wanted: str) -> torch.dtype:
@@ -386,87 +212,160 @@ def training_precision(model: Model, wanted: str) -> torch.dtype:
     return getattr(torch, wanted)
 
 
-def choose_heads(circuit: Circuit, effects: EffectTable, count: int) -> tuple[Head, ...]:
-    """The heads to tune: the strongest direct effects of the single sweep, by logit difference.
+def outlook(model: Model, config: TuneConfig, run: Path) -> list[Any]:
+    """What `tune` would do: the data, one text with its supervised tokens marked, and the cost.
 
-    ``docs/log.md`` holds the comparison with the iterated knockout set and with random heads.
+    Returns:
+        lines for the terminal, plain or rich text.
+
+    Raises:
+        UserError: as `tune`, before anything is trained.
     """
-    ranked = [part for part in effects.rank("logit_diff") if isinstance(part, Head)]
-    if len(ranked) < count:
-        raise UserError(f"--heads must be at most {len(ranked)}, found {count}; choose fewer.")
-    return tuple(ranked[:count])
-
-
-def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
-    """The stage: train chosen and random heads on the same data, write ``tuned/``, ``tune.json``.
-
-    The random heads are matched by layer, so both runs cost the same per step.
-    """
-    if model.offloaded or model.quantised:
-        raise UserError(
-            f"Tuning needs all weights in memory as plain numbers, those of {model.source} are "
-            f"{'quantised' if model.quantised else 'read when they are used'}; start the run with "
-            "an unquantised checkpoint and without --max-memory."
-        )
-    pair_set = PairSet.load(run)
-    selection = pair_set.selection
-    writing = Writing(selection["prefix"], selection["spaced_answer"])
-    test = held_out_problems(
-        pair_set, config.tune_operators, digits=config.digits, n=TEST_RESERVE, seed=config.seed
+    _check(model, config)
+    lessons = lessons_for(model, PairSet.load(run), config)
+    dtype = training_precision(model, config.precision)
+    heads = pick_heads(model, run, config.heads, rule=config.pick, examples=lessons.examples)
+    sizes = [len(example.tokens) - 1 for example in lessons.examples]
+    supervised = float(np.mean([example.supervised for example in lessons.examples]))
+    work = Workload(
+        tokens=round(float(np.mean(sizes)) * config.batch_size),
+        supervised=round(supervised * config.batch_size),
+        length=round(float(np.mean(sizes))),
+        steps=config.steps,
+        anchor_tokens=TEXT_ROWS * TEXT_TOKENS if config.keep else 0,
+        pieces=config.accumulate,
+        stored=sum(sizes),
+        checkpointing=config.checkpointing,
     )
-    problems = training_problems(pair_set, test, config)
-    random.Random(config.seed).shuffle(problems)
-    examples = [to_example(model, problem, writing) for problem in problems]
-    _, circuit = read_circuit(run)
-    chosen = choose_heads(circuit, EffectTable.load(run / "effects.parquet"), config.heads)
-    rng = np.random.default_rng(config.seed)
-    methods = {"precise": chosen, "random": matched_heads(chosen, model.heads, rng)}
-    precision = training_precision(model, config.precision)
-    trained = in_precision(model, precision)
-    variants = {}
-    data = training_set(trained, examples, min(head.layer for head in chosen), seed=config.seed)
-    (work / "tuned").mkdir()
-    for name, heads in methods.items():
-        folder = work / "tuned" if name == "precise" else work / "tuned" / name
-        folder.mkdir(exist_ok=True)
-        parts = head_slices(model, heads)
-        outcome = train(trained, parts, data, config, work)
-        facts = describe(model, name, heads, outcome, config)
-        save_delta(folder, model, outcome.deltas, facts)
-        (work / "log.jsonl").rename(folder / "log.jsonl")
-        variants[name] = facts
-    rule = "Heads: the strongest direct effects on the first task, one sweep, by logit difference."
-    content = {"variants": variants, "rule": rule, "precision": str(precision).split(".")[-1]}
-    write_json(work / "tune.json", content)
+    lines = [lessons.facts["said"], preview(model.tokenizer, lessons.examples[0])]
+    for name in config.methods:
+        rng = np.random.default_rng(config.seed)
+        mlps = pick_mlps(run, config.mlps)
+        method = methods.build(name, model, heads, mlps, config.form, rng)
+        cached = config.cache and method.prefix and method.lowest > 0
+        lines += ["", *plan(model, method, work, cached=cached, dtype=dtype).lines()]
+    return lines
 
 
-def in_precision(model: Model, dtype: torch.dtype) -> Model:
-    """The model itself, or a copy in another dtype."""
-    if next(model.hf.parameters()).dtype == dtype:
-        return model
-    twin = copy.deepcopy(model.hf).to(dtype)
-    if model.device.type == "cpu":
-        # torch's fused attention has a slow bfloat16 backward pass on CPUs (3x the whole step).
-        twin.set_attn_implementation("eager")
-    return replace(model, hf=twin)
+# ---------------------------------------------------------------------------------- one variant
 
 
-def describe(
-    model: Model, method: str, heads: Sequence[Component], outcome: Outcome, config: TuneConfig
-) -> dict[str, Any]:
+def save_variant(
+    model: Model,
+    trained: Model,
+    method: Method,
+    lessons: Lessons,
+    config: TuneConfig,
+    folder: Path,
+) -> None:
+    """Train a method and write its delta.
+
+    Args:
+        model: the base, whose tensors the delta's record names.
+        trained: the same in the precision of training.
+        method: what is trainable.
+        lessons: the data.
+        config: options.
+        folder: where checkpoints, log and delta are written.
+    """
+    loop = loop_config(config, method.name)
+    outcome, tensors = train_method(trained, method, lessons, loop, config, folder)
+    if not all(torch.isfinite(value).all() for value in tensors.values()):
+        raise UserError(
+            f"Training must keep the loss finite, it did not (last losses {outcome.losses[-3:]}); "
+            "lower --learning-rate."
+        )
+    facts = describe(model, method, outcome, config)
+    facts["parameters"] = count = sum(value.numel() for value in tensors.values())
+    facts["share"] = count / model.parameters
+    save_tensors(folder, model, tensors, facts | {"lr": loop.learning_rate, "data": lessons.facts})
+
+
+def loop_config(config: TuneConfig, method: str) -> LoopConfig:
+    """Options of the loop for a method; its own learning rate where none is given."""
+    return LoopConfig(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate or LEARNING_RATES[method],
+        accumulate=config.accumulate,
+        weight_decay=config.weight_decay,
+        keep=config.keep,
+        seed=config.seed,
+        save_every=config.save_every,
+        checkpointing=config.checkpointing,
+        tensorboard=config.tensorboard,
+    )
+
+
+def train_method(
+    trained: Model,
+    method: Method,
+    lessons: Lessons,
+    loop: LoopConfig,
+    config: TuneConfig,
+    folder: Path,
+) -> tuple[Outcome, dict[str, Tensor]]:
+    """Train what a method makes trainable; gives the outcome and the delta's tensors by key."""
+    rows: list[list[int]] = []
+    if config.keep:
+        paragraphs = training_text()[WATCHED_TEXTS if config.forget_budget else 0 :]
+        rows = text_rows(trained, paragraphs, own_text(trained, seed=config.seed))
+    data = training_set(
+        trained,
+        lessons.examples,
+        method.lowest,
+        prefix=method.prefix,
+        cache=folder.parent / "prefix" if config.cache else None,
+        rows=rows,
+    )
+    watched = monitor(trained, method, lessons, config)
+    gains = head_gains(trained, method.parts) if config.head_scale else None
+    with methods.attached(trained, method, gains) as live:
+        parts = [part.key(trained) for part in method.parts] or live.names
+        facts = {"method": method.name, "parts": parts}
+        outcome = train(trained, live.parameters, data, loop, folder, facts=facts, monitor=watched)
+        return outcome, live.tensors()
+
+
+def monitor(trained: Model, method: Method, lessons: Lessons, config: TuneConfig) -> Monitor | None:
+    """What is measured while training: right answers, and the KL to the base on plain text."""
+    if not config.evaluate_every:
+        return None
+    text = base_text(
+        trained,
+        training_text()[:WATCHED_TEXTS],
+        layer=method.lowest if method.prefix else 0,
+        copy_head=not method.prefix,
+    )
+
+    def measured(_: int) -> dict[str, float]:
+        hits = exact_match(trained, lessons.watch, lessons.writing)
+        tokens, _loss, kl = drift_now(trained, text, anew=not method.prefix).sum(axis=0)
+        return {"exact": float(hits.mean()), "kl": float(kl / tokens)}
+
+    return Monitor(
+        evaluate=measured,
+        every=config.evaluate_every,
+        budget=config.forget_budget or None,
+        patience=config.patience,
+    )
+
+
+def describe(model: Model, method: Method, outcome: Outcome, config: TuneConfig) -> dict[str, Any]:
     """Facts of one variant for ``tune.json`` and ``components.json``."""
-    count = sum(value.numel() for value in outcome.deltas.values())
+    shared = collateral(model, method.heads) if config.form == "qkvo" and method.heads else ()
     return {
-        "method": method,
-        "components": [str(head) for head in heads],
-        "parameters": count,
-        "share": count / model.parameters,
-        "steps": config.steps,
-        "lr": config.learning_rate,
+        "method": method.name,
+        "components": [str(part) for part in (*method.heads, *method.mlps)],
+        "collateral": [str(head) for head in shared],
+        "steps": outcome.steps,
+        "kept_step": outcome.kept,
+        "stopped": outcome.stopped,
         "seconds": round(outcome.seconds, 1),
         "tokens_per_second": round(outcome.tokens / outcome.seconds, 1),
-        "lowest_layer": min(head.layer for head in heads),
-        "loss_first": outcome.losses[0],
-        "loss_last": outcome.losses[-1],
+        "lowest_layer": method.lowest,
+        "loss_first": float(np.mean(outcome.losses[:5])),
+        "loss_last": float(np.mean(outcome.losses[-5:])),
+        "evaluations": outcome.evaluations,
         "options": asdict(config),
     }

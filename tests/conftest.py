@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores, also what they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

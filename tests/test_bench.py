@@ -200,3 +200,34 @@ def test_different_effects_are_seen(tiny_folder: Path) -> None:
         bench.measure("circuitune", bench.Job(str(tiny_folder), task, 1, 4, 4, 0)) for task in tasks
     )
     assert bench.compare(other, one)["largest_mean_difference"] > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # by PEFT
+def test_steps_of_tuning_cost_less_with_the_cache_and_lose_the_same() -> None:
+    """Our rows and the peers' train on a tiny model, and report what the table needs."""
+    from circuitune.models import wrap
+    from tests.conftest import tiny_hf
+
+    tune = by_path("tune")
+    model = wrap(tiny_hf("llama").float(), byte_tokenizer())
+    texts = tune.examples(model, "sums", 12)
+    cached, anew = (
+        tune.ours(model, texts, ["2.0", "3.1"], 4, 3, cached) for cached in (True, False)
+    )
+    assert cached["losses"] == pytest.approx(anew["losses"], abs=1e-6)
+    assert cached["flops"] < anew["flops"]
+    assert len(cached["seconds"]) == 2
+    count, tensors = model.parameters, len(list(model.hf.parameters()))  # before LoRA adds its own
+    full, lora = (tune.peer(model, texts, row, 4, 3) for row in ("full", "lora"))
+    assert full["trained"] == count
+    assert full["optimizer_bytes"] == 8 * count + 4 * tensors
+    assert cached["flops"] < full["flops"] < lora["flops"]  # rank 16 is much for a width of 24
+    rows = {"full": full, "lora": lora, "precise": cached}
+    rounds = [
+        {name: row | {"step_seconds": seconds, "peak_mib": 1} for name, row in rows.items()}
+        for seconds in (1.0, 2.0)
+    ]
+    table = tune.table(rounds)
+    assert table["precise"]["faster_than_full_rounds"] == [1.0, 1.0]
+    assert table["precise"]["fewer_flops_than_lora"] > table["precise"]["fewer_flops_than_full"] > 1
+    assert table["full"]["state_share_of_full"] == 1

@@ -12,11 +12,12 @@ import torch
 
 from circuitune.changes import LISTED, Measured, against_others, changes, compared, measured
 from circuitune.components import Circuit, Head
+from circuitune.deltas import save_delta, tensor_digest
 from circuitune.effects import EffectTable
 from circuitune.errors import UserError
 from circuitune.models import Model
 from circuitune.pairs import Pair, PairSet
-from circuitune.slices import Slice, save_delta, tensor_digest
+from circuitune.slices import Slice
 
 SCALED = Head(3, 1)
 

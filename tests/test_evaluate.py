@@ -1,88 +1,13 @@
-"""Scoring: reading answers, greedy generation, paired records, drift."""
+"""Evaluation: records checked by hand, and every variant of a run found."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from circuitune.components import Head
 from circuitune.errors import UserError
-from circuitune.evaluate import (
-    accuracy_records,
-    drift,
-    drift_records,
-    generate,
-    read_answer,
-    retention_text,
-)
-from circuitune.models import Model
+from circuitune.evaluate import accuracy_records, drift_records, rivals, tuned_variants
 from circuitune.problems import Operator, Problem
-from circuitune.slices import attached, head_slices, load_delta, save_delta
-from circuitune.tune import training_text
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("8", 8),
-        (" 12\n", 12),
-        ("-3 and", -3),
-        ("12.", 12),
-        ("12.5", None),
-        ("1,200", None),
-        ("so 8", None),
-        ("", None),
-        ("007\n", 7),
-    ],
-)
-def test_read_answer(text: str, answer: int | None) -> None:
-    assert read_answer(text) == answer
-
-
-def test_generation_equals_one_prompt_at_a_time(tiny: Callable[..., Model]) -> None:
-    model = tiny()
-    prompts = [[5, 6, 7], [9, 8, 7, 6, 5], [40, 41], [1, 2, 3, 4, 5, 6]]
-    together = generate(model, prompts, new_tokens=4)
-    for prompt, text in zip(prompts, together, strict=True):
-        tokens = list(prompt)
-        for _ in range(4):
-            tokens.append(int(model.hf(torch.tensor([tokens])).logits[0, -1].argmax()))
-            if tokens[-1] == model.tokenizer.eos_token_id:
-                break
-        expected = model.tokenizer.decode(tokens[len(prompt) :])
-        assert text.startswith(expected)
-
-
-def make_delta(model: Model, folder: Path, size: float):
-    """A constant delta on two heads, saved and read back."""
-    with attached(model, head_slices(model, [Head(2, 0), Head(3, 1)])) as views:
-        deltas = {part: torch.full_like(view, size) for part, view in views.items()}
-    save_delta(folder, model, deltas, {})
-    return load_delta(folder)
-
-
-def test_drift_is_zero_for_a_zero_delta_and_right_for_another(
-    tiny: Callable[..., Model], tmp_path: Path
-) -> None:
-    model = tiny()
-    (tmp_path / "zero").mkdir()
-    (tmp_path / "some").mkdir()
-    deltas = {
-        "zero": make_delta(model, tmp_path / "zero", 0.0),
-        "some": make_delta(model, tmp_path / "some", 0.05),
-    }
-    text = retention_text(None)[:3]
-    measured = drift(model, deltas, text, width=20)
-    np.testing.assert_allclose(measured["zero"][:, 1], measured["base"][:, 1], atol=1e-9)
-    np.testing.assert_allclose(measured["zero"][:, 2], 0.0, atol=1e-9)
-    assert (measured["some"][:, 2] > 1e-6).all()
-    tokens = torch.tensor([model.tokenizer(text[0]).input_ids[:20]])
-    plain = model.hf(tokens).logits[0, :-1].log_softmax(dim=-1)
-    loss = -plain.gather(-1, tokens[0, 1:, None]).sum()
-    assert measured["base"][0, 0] == 19
-    assert measured["base"][0, 1] == pytest.approx(float(loss), abs=1e-9)
 
 
 def test_drift_records_by_hand() -> None:
@@ -113,11 +38,22 @@ def test_accuracy_records_by_hand() -> None:
     assert gain["n"] == 20
 
 
-def test_retention_text_is_not_training_text(tmp_path: Path) -> None:
-    assert not set(retention_text(None)) & set(training_text())
-    assert len(retention_text(None)) == 100
-    with pytest.raises(UserError, match="--retention must be a readable"):
-        retention_text(str(tmp_path / "absent.txt"))
-    (tmp_path / "short.txt").write_text("too short\n")
-    with pytest.raises(UserError, match="at least ten lines"):
-        retention_text(str(tmp_path / "short.txt"))
+def test_precise_is_compared_with_every_other_variant() -> None:
+    assert rivals(["base", "precise", "random", "full"]) == ["random", "full"]
+    assert rivals(["base", "full"]) == []
+    problems = [Problem(Operator.ADD, a, 1) for a in range(8)]
+    hits = {
+        "base": np.zeros(8, bool),
+        "precise": np.ones(8, bool),
+        "full": np.arange(8) < 4,
+    }
+    by = {
+        (r["task"], r["variant"], r["metric"]): r for r in accuracy_records(hits, problems, seed=0)
+    }
+    assert by["add", "precise - full", "exact_match"]["value"] == pytest.approx(0.5)
+    assert ("add", "precise - base", "exact_match") not in by
+
+
+def test_a_run_without_tuned_heads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run `circuitune tune` first"):
+        tuned_variants(tmp_path)

@@ -24,10 +24,12 @@ ROWS = [
     *("errors", "components", "config", "stats", "effects", "racing", "problems", "runs"),
     *("ranks", "families", "checkpoints", "weights", "models", "memory", "sites", "prompts"),
     *("patching", "ports", "paths", "attribution", "selftest", "pairs", "roles", "chains"),
-    *("graph", "slices", "controls", "readers", "sources", "tasks", "selection", "knockout"),
-    *("masks", "joint", "locate", "criteria", "validate", "attention", "subjects", "readout"),
-    *("neurons", "explain", "choosing", "tune", "changes", "transfer", "evaluate", "report"),
-    *("cli", "__main__"),
+    *("graph", "slices", "deltas", "tensorfiles", "bases", "merging", "exporting", "verifying"),
+    *("texts", "examples", "exercises", "answering", "retention", "controls", "readers", "sources"),
+    *("tasks", "selection", "knockout", "masks", "joint", "locate", "criteria", "validate"),
+    *("attention", "subjects", "readout", "neurons", "explain", "choosing", "methods", "prefix"),
+    *("supervised", "training", "plan", "picking", "tune", "changes", "transfer", "evaluate"),
+    *("report", "cli", "__main__"),
 ]
 
 FILE_LINES, FUNCTION_LINES, CLASS_LINES, PARAMETERS = 500, 60, 250, 7

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from circuitune import cli
-from circuitune.slices import load_delta
+from circuitune.deltas import load_delta
 
 
 @pytest.fixture(scope="module")

@@ -1,176 +1,218 @@
-"""Training: the cached prefix is exact, nothing outside the slices moves, data never overlap."""
+"""The stage that tunes: every method on the same data, resumed where it was, or refused."""
 
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from circuitune.components import Head
+from circuitune import cli, methods, tune
 from circuitune.config import TuneConfig
+from circuitune.deltas import load_delta, merged
 from circuitune.errors import UserError
-from circuitune.models import Model
-from circuitune.pairs import PairSet, Writing, _halves
-from circuitune.slices import attached, head_slices, load_delta, merged, save_delta, trainable
+from circuitune.evaluate import tuned_variants
+from circuitune.models import Model, load
+from circuitune.pairs import PairSet
 from circuitune.tune import (
-    IGNORED,
-    PlainText,
-    Supervised,
-    collate,
-    held_out_problems,
+    LEARNING_RATES,
     in_precision,
-    plain_text,
-    prefix_states,
-    to_example,
-    train,
+    lessons_for,
+    loop_config,
+    outlook,
     training_precision,
-    training_problems,
-    training_set,
-    training_text,
 )
 
-HEADS = [Head(2, 1), Head(3, 0)]
-SMALL = TuneConfig(steps=4, batch_size=8, learning_rate=3e-3, weight_decay=0.1)
+SMALL = TuneConfig(
+    heads=2, steps=3, batch_size=4, learning_rate=1e-2, precision="float32", save_every=1
+)
+
+
+@pytest.fixture(scope="module")
+def located(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with a circuit and a graph."""
+    top = tmp_path_factory.mktemp("located")
+    lines = []
+    for a in range(1, 5):
+        for b in range(1, 5):
+            pair = {"clean": f"{a} + {b} = ", "corrupt": f"{a} @ {b} = ", "answer": str(a + b)}
+            lines.append(json.dumps(pair | {"task": "add", "group": f"{a},{b}"}))
+    (top / "own.jsonl").write_text("\n".join(lines))
+    words = ["locate", tiny_folder, "--out", top / "run", "--pairs", top / "own.jsonl"]
+    cli.app([str(word) for word in [*words, "--most", 4]], standalone_mode=False)
+    return top / "run"
 
 
 @pytest.fixture
-def pair_set() -> PairSet:
-    """An empty set of pairs with the split of operands that every run has."""
-    _, wide = _halves([], seed=0)
-    groups = {split: sorted({p.group for p in side}) for split, side in wide.items()}
-    selection = {"select_groups": groups["select"], "held_out_groups": groups["test"]}
-    return PairSet((), selection)
+def run(located: Path, tmp_path: Path) -> Path:
+    """A copy of the run, for one test."""
+    return Path(shutil.copytree(located, tmp_path / "run"))
 
 
 @pytest.fixture
-def examples(tiny: Callable[..., Model], pair_set: PairSet) -> list:
-    """Training texts of the tiny tokenizer."""
-    problems = training_problems(pair_set, [], SMALL)
-    return [to_example(tiny(), problem, Writing("", False)) for problem in problems]
+def model(tiny_folder: Path) -> Model:
+    return load(str(tiny_folder), device="cpu")
 
 
-def batch(model: Model, examples: list, layer: int) -> dict[str, torch.Tensor]:
-    """The first four examples as the collator gives them, for training from a layer."""
-    hidden = prefix_states(model, examples, layer)
-    text = plain_text(model, training_text()[:6], layer)
-    items = [{"example": examples[i], "hidden": hidden[i], "place": i} for i in range(4)]
-    return collate(items, text)
+def tuned(model: Model, config: TuneConfig, run: Path, work: Path) -> dict:
+    """Run the stage; what it says of itself."""
+    work.mkdir()
+    tune.tune(model, config, run, work)
+    return json.loads((work / "tune.json").read_text())
 
 
-def test_loss_from_the_cached_prefix_is_the_loss_without(
-    tiny: Callable[..., Model], examples: list
-) -> None:
-    model = tiny()
-    losses = []
-    for layer in (0, 1, 2):
-        inputs = batch(model, examples, layer)
-        with attached(model, head_slices(model, HEADS)):
-            for delta in trainable(model):
-                torch.nn.init.constant_(delta, 0.01)
-            losses.append(Supervised(model, layer, keep=1.0)(**inputs)["loss"].item())
-    assert losses[1] == pytest.approx(losses[0], abs=1e-12)
-    assert losses[2] == pytest.approx(losses[0], abs=1e-12)
-
-
-def test_loss_is_the_cross_entropy_of_the_answer_tokens(
-    tiny: Callable[..., Model], examples: list
-) -> None:
-    model = tiny()
-    inputs = batch(model, examples, 2)
-    with attached(model, head_slices(model, HEADS)):
-        loss = Supervised(model, 2, keep=0.0)(**inputs)["loss"].item()
-    terms = []
-    for example in examples[:4]:
-        logits = model.hf(torch.tensor([example.tokens])).logits[0].log_softmax(dim=-1)
-        terms += [
-            -logits[i - 1, example.tokens[i]] for i in range(example.start, len(example.tokens))
-        ]
-    assert loss == pytest.approx(float(torch.stack(terms).mean()), abs=1e-9)
-
-
-def test_labels_cover_the_answer_and_the_line_break_only(
-    tiny: Callable[..., Model], examples: list
-) -> None:
-    inputs = batch(tiny(), examples, 2)
-    for row, example in enumerate(examples[:4]):
-        kept = inputs["labels"][row][inputs["labels"][row] != IGNORED].tolist()
-        assert kept == example.tokens[example.start :]
-        text = tiny().tokenizer.decode(kept)
-        assert text.endswith("\n")
-        assert text[:-1].isdigit()
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_training_leaves_every_byte_outside_the_slices(
-    tiny: Callable[..., Model], examples: list, tmp_path: Path, family: str
-) -> None:
-    """With weight decay, momentum and clipping; the base itself is untouched."""
-    model = in_precision(tiny(family), torch.float32)
+def test_every_method_trains_on_the_same_data(model: Model, run: Path, tmp_path: Path) -> None:
+    """Its delta reproduces its loss, the base is as it was, and only its places differ."""
     before = {name: value.clone() for name, value in model.hf.state_dict().items()}
-    parts = head_slices(model, HEADS)
-    outcome = train(model, parts, training_set(model, examples, 2), SMALL, tmp_path)
-    after = model.hf.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(value.abs().max() > 0 for value in outcome.deltas.values())
-    save_delta(tmp_path, model, outcome.deltas, {})
-    with merged(model, load_delta(tmp_path)):
-        tuned = {name: value.clone() for name, value in model.hf.state_dict().items()}
-    touched = {name for name in before if not torch.equal(before[name], tuned[name])}
-    assert touched == {
-        f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (2, 3) for name in "qo"
+    names = tuple(methods.METHODS)
+    content = tuned(model, replace(SMALL, methods=names, keep=1.0, mlps=1), run, tmp_path / "work")
+    assert list(content["variants"]) == list(names)
+    assert {facts["data"]["digest"] for facts in content["variants"].values()} == {
+        content["data"]["digest"]
     }
-    change = (
-        tuned["model.layers.2.self_attn.q_proj.weight"]
-        - before["model.layers.2.self_attn.q_proj.weight"]
+    after = model.hf.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys()
+    shutil.copytree(tmp_path / "work" / "tuned", run / "tuned")
+    deltas = tuned_variants(run)
+    assert set(deltas) == set(names)
+    for name, delta in deltas.items():
+        with merged(model, delta):
+            changed = {
+                key
+                for key, value in model.hf.state_dict().items()
+                if not torch.equal(value, before[key])
+            }
+        assert changed, name
+        assert changed <= delta.names | {"lm_head.weight"}, name
+    counts = {name: facts["parameters"] for name, facts in content["variants"].items()}
+    assert counts["precise"] == counts["random"]
+    assert counts["precise"] < counts["layers"] < counts["full"] == model.parameters
+
+
+def test_a_killed_stage_goes_on_where_it_was(
+    model: Model, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was trained before is kept, and the result is that of a run in one piece."""
+    whole = tuned(model, SMALL, run, tmp_path / "whole")
+    for path in run.glob(".tune-parts-*"):
+        shutil.rmtree(path)
+    plain, trained = tune.save_variant, []
+
+    def killed(model: Model, twin: Model, method: methods.Method, *rest: object) -> None:
+        trained.append(method.name)
+        if method.name == "random":
+            raise KeyboardInterrupt
+        plain(model, twin, method, *rest)
+
+    monkeypatch.setattr(tune, "save_variant", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(model, SMALL, run, tmp_path / "killed")
+    monkeypatch.setattr(
+        tune, "save_variant", lambda *given: (trained.append("again"), plain(*given))
     )
-    assert change[8:16].abs().max() > 0
-    assert torch.equal(change[:8], torch.zeros_like(change[:8]))
-    assert torch.equal(change[16:], torch.zeros_like(change[16:]))
+    again = tuned(model, SMALL, run, tmp_path / "again")
+    assert trained == ["precise", "random", "again"]
+    for folder in (Path("tuned"), Path("tuned/random")):
+        first, second = (load_delta(tmp_path / name / folder) for name in ("whole", "again"))
+        assert first.tensors.keys() == second.tensors.keys()
+        assert all(torch.equal(first.tensors[key], second.tensors[key]) for key in first.tensors)
+    seconds = {"seconds", "tokens_per_second"}
+    for name, facts in again["variants"].items():
+        same = {key: value for key, value in facts.items() if key not in seconds}
+        assert same == {k: v for k, v in whole["variants"][name].items() if k not in seconds}
 
 
-def test_training_lowers_the_loss_and_repeats_exactly(
-    tiny: Callable[..., Model], pair_set: PairSet, tmp_path: Path
+def test_a_file_of_texts_and_replayed_plain_english(
+    model: Model, run: Path, tmp_path: Path
 ) -> None:
-    config = TuneConfig(steps=40, batch_size=8, learning_rate=1e-2, keep=0.0)
-    model = in_precision(tiny(), torch.float32)
-    problems = training_problems(pair_set, [], config)
-    texts = [to_example(model, problem, Writing("", False)) for problem in problems]
-    data = training_set(model, texts, 2)
-    runs = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        runs.append(train(model, head_slices(model, HEADS), data, config, tmp_path / name))
-    assert sum(runs[0].losses[-5:]) < sum(runs[0].losses[:5])
-    for part, value in runs[0].deltas.items():
-        assert torch.equal(value, runs[1].deltas[part])
+    path = tmp_path / "texts.jsonl"
+    rows = [{"prompt": f"{a} + {a} is ", "completion": str(a + a)} for a in range(1, 9)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    config = replace(SMALL, data=str(path), replay=0.5, methods=("precise",))
+    content = tuned(model, config, run, tmp_path / "work")
+    data = content["data"]
+    assert (data["records"], data["replayed"], data["texts"]) == (8, 8, 16)
+    assert data["source"] == str(path)
+    assert content["variants"]["precise"]["loss_first"] > 0
 
 
-def test_training_and_test_operands_are_disjoint(pair_set: PairSet) -> None:
-    test = held_out_problems(pair_set, ("add", "sub", "mul"), digits=2, n=600, seed=0)
-    training = training_problems(pair_set, test, TuneConfig())
-    groups = {problem.group for problem in training}
-    assert not groups & {problem.group for problem in test}
-    assert not groups & set(pair_set.selection["held_out_groups"])
-    assert not {p.group for p in test} & set(pair_set.selection["select_groups"])
+def test_watching_stops_at_the_budget(model: Model, run: Path, tmp_path: Path) -> None:
+    """With a budget of almost nothing the first evaluated state passes it, and zero is kept."""
+    config = replace(
+        SMALL, methods=("precise",), steps=6, evaluate_every=2, forget_budget=1e-12, keep=0.0
+    )
+    facts = tuned(model, config, run, tmp_path / "work")["variants"]["precise"]
+    assert (facts["stopped"], facts["kept_step"], facts["steps"]) == ("budget", 0, 2)
+    assert facts["evaluations"][0]["kl"] > 1e-12
+    assert all(not value.any() for value in load_delta(tmp_path / "work/tuned").tensors.values())
 
 
-def test_exploding_training_is_one_sentence(
-    tiny: Callable[..., Model], examples: list, tmp_path: Path
+def test_the_outlook_tells_data_mask_and_cost(model: Model, run: Path) -> None:
+    lines = [str(line) for line in outlook(model, replace(SMALL, methods=("precise", "full")), run)]
+    assert lines[0] == "Generated arithmetic."
+    text = "\n".join(lines)
+    assert "precise" in text
+    assert "full" in text
+    assert not list(run.glob(".tune-*"))
+
+
+def test_keys_and_values_name_the_heads_that_share_them(
+    model: Model, run: Path, tmp_path: Path
 ) -> None:
-    model = in_precision(tiny(), torch.float32)
-    wild = TuneConfig(steps=4, batch_size=8, learning_rate=1e38)
-    with pytest.raises(UserError, match="lower --learning-rate"):
-        train(model, head_slices(model, HEADS), training_set(model, examples, 2), wild, tmp_path)
+    content = tuned(model, replace(SMALL, form="qkvo", heads=1), run, tmp_path / "work")
+    (head,) = content["variants"]["precise"]["components"]
+    layer, index = map(int, head.split("."))
+    assert content["variants"]["precise"]["collateral"] == [f"{layer}.{index ^ 1}"]
 
 
-def test_precision_names(tiny: Callable[..., Model]) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ("precise", "best")}, "--methods must be some of precise, random"),
+        ({"methods": ("full", "full")}, "each once, found full, full"),
+        ({"replay": 1.0}, "--replay must be below 1"),
+        ({"forget_budget": 0.1}, "need evaluations while training"),
+        ({"patience": 2}, "give a number of steps"),
+        ({"heads": 99}, "--heads must be at most 16"),
+        ({"pick": "best"}, "--pick must be one of direct"),
+        ({"form": "q"}, "--form must be qo or qkvo"),
+        ({"precision": "int8"}, "precision must be"),
+        ({"batch_size": 4, "accumulate": 3}, "A batch must fall into equal pieces"),
+        ({"data": "absent.jsonl"}, "absent.jsonl"),
+        ({"learning_rate": 1e30, "weight_decay": 0.1}, "lower the learning rate"),
+    ],
+)
+def test_what_cannot_be_tuned_is_one_sentence(
+    options: dict, message: str, model: Model, run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        tuned(model, replace(SMALL, **options), run, tmp_path / "work")
+    assert str(caught.value).count(". ") == 0
+    assert not (tmp_path / "work" / "tune.json").exists()
+
+
+def test_each_method_has_a_learning_rate_of_its_own() -> None:
+    assert set(LEARNING_RATES) == set(methods.METHODS)
+    own = loop_config(replace(SMALL, learning_rate=0.0), "full").learning_rate
+    assert own == LEARNING_RATES["full"] < loop_config(SMALL, "full").learning_rate
+
+
+def test_precision(tiny: Callable[..., Model]) -> None:
     assert training_precision(tiny(), "float32") is torch.float32
-    with pytest.raises(UserError, match="precision must be"):
-        training_precision(tiny(), "int8")
+    twin = in_precision(tiny(), torch.bfloat16)
+    assert twin.dtype is torch.bfloat16
+    assert tiny().dtype is torch.float64
 
 
-def test_plain_text_rows_have_one_length(tiny: Callable[..., Model]) -> None:
-    text = plain_text(tiny(), training_text()[:4], 1)
-    assert isinstance(text, PlainText)
-    assert text.hidden.shape == (*text.tokens.shape, 24)
+def test_texts_do_not_depend_on_the_method(model: Model, run: Path) -> None:
+    pair_set = PairSet.load(run)
+    first, second = (
+        lessons_for(model, pair_set, replace(SMALL, methods=(name,))) for name in ("full", "lora")
+    )
+    assert first == second
+    watched = lessons_for(model, pair_set, replace(SMALL, evaluate_every=1))
+    assert watched.watch
+    assert not first.watch

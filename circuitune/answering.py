@@ -1,0 +1,60 @@
+"""Greedy answers to arithmetic problems, and whether they are right."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from transformers import GenerationConfig
+
+from circuitune.models import Model
+from circuitune.pairs import Writing, encode_text
+from circuitune.problems import Problem, completion
+from circuitune.prompts import pad_left, similar_lengths
+
+PROMPTS_PER_BATCH = 64
+NEW_TOKENS = 5  # at most three digits, after a space perhaps, and what ends the number
+# The number that an answer starts with, unless it goes on as a decimal fraction.
+ANSWER = re.compile(r"\s*(-?\d+)(?!\d|[.,]\d)")
+
+
+def read_answer(text: str) -> int | None:
+    """The whole number at the start of a generated answer, if there is one."""
+    found = ANSWER.match(text)
+    return int(found[1]) if found else None
+
+
+@torch.no_grad()
+def generate(
+    model: Model, prompts: Sequence[Sequence[int]], *, new_tokens: int = NEW_TOKENS
+) -> list[str]:
+    """Greedy continuations by Hugging Face's ``generate``, prompts of similar length together."""
+    texts = [""] * len(prompts)
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=model.tokenizer.eos_token_id,
+        pad_token_id=model.tokenizer.eos_token_id or 0,
+    )
+    for places in similar_lengths([len(tokens) for tokens in prompts], PROMPTS_PER_BATCH):
+        tokens, mask = pad_left([prompts[place] for place in places])
+        output = model.hf.generate(
+            tokens.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+        )
+        decoded = model.tokenizer.batch_decode(output[:, tokens.shape[1] :])
+        for place, text in zip(places, decoded, strict=True):
+            texts[place] = text
+    return texts
+
+
+def exact_match(
+    model: Model, problems: Sequence[Problem], writing: Writing
+) -> Bool[np.ndarray, " example"]:
+    """Whether the whole generated answer is right, per problem."""
+    asked = [writing.write(*completion(problem))[0] for problem in problems]
+    texts = generate(model, [encode_text(model.tokenizer, prompt) for prompt in asked])
+    pairs = zip(problems, texts, strict=True)
+    return np.array([read_answer(text) == problem.answer for problem, text in pairs])

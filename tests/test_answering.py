@@ -1,0 +1,41 @@
+"""Answers: the number at the start of a text, and generation in batches."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from circuitune.answering import generate, read_answer
+from circuitune.models import Model
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("8", 8),
+        (" 12\n", 12),
+        ("-3 and", -3),
+        ("12.", 12),
+        ("12.5", None),
+        ("1,200", None),
+        ("so 8", None),
+        ("", None),
+        ("007\n", 7),
+    ],
+)
+def test_read_answer(text: str, answer: int | None) -> None:
+    assert read_answer(text) == answer
+
+
+def test_generation_equals_one_prompt_at_a_time(tiny: Callable[..., Model]) -> None:
+    model = tiny()
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5], [40, 41], [1, 2, 3, 4, 5, 6]]
+    together = generate(model, prompts, new_tokens=4)
+    for prompt, text in zip(prompts, together, strict=True):
+        tokens = list(prompt)
+        for _ in range(4):
+            tokens.append(int(model.hf(torch.tensor([tokens])).logits[0, -1].argmax()))
+            if tokens[-1] == model.tokenizer.eos_token_id:
+                break
+        expected = model.tokenizer.decode(tokens[len(prompt) :])
+        assert text.startswith(expected)

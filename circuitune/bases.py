@@ -25,7 +25,7 @@ from circuitune import models
 from circuitune.checkpoints import resolve
 from circuitune.deltas import COMPONENTS, DELTA, Delta, tensor_digest
 from circuitune.errors import UserError
-from circuitune.models import Model, _renaming, _skeleton
+from circuitune.models import Model, renaming, skeleton
 from circuitune.pairs import encode_text, shipped_paragraphs
 from circuitune.tensorfiles import INDEX, TensorFile, files_of
 
@@ -116,14 +116,14 @@ def open_base(name: str) -> Base:
     folder = _downloaded(where, name)
     files = tuple(files_of(folder))
     try:
-        hf = _skeleton(AutoConfig.from_pretrained(folder), torch.float32, str(folder))
+        hf = skeleton(AutoConfig.from_pretrained(folder), torch.float32, str(folder))
     except Exception as error:  # the hub and configuration libraries raise many kinds
         raise _cannot_open(name, error) from error
     first: dict[str, str] = {}
     by_tensor: dict[int, str] = {}
     for own, weight in hf.named_parameters(remove_duplicate=False):
         first[own] = by_tensor.setdefault(id(weight), own)
-    rename = _renaming(hf)
+    rename = renaming(hf)
     stored = (key for file in files for key in file.tensors)
     live = {key: first.get(rename(key), rename(key)) for key in stored}
     address = str(folder.absolute()) if Path(where).is_dir() else name

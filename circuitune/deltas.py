@@ -55,6 +55,9 @@ def save_delta(
         model: the model *with its base weights* (nothing attached).
         deltas: trained delta of each slice.
         facts: further facts for ``components.json`` (components, method, training options).
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
     """
     save_tensors(folder, model, {part.key(model): value for part, value in deltas.items()}, facts)
 
@@ -81,11 +84,19 @@ def save_tensors(
     (folder / COMPONENTS).unlink(missing_ok=True)
     beside = folder / f".{DELTA}-{os.getpid()}"
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # else it would be readable by its owner alone
         save_file(stored, beside)
+        beside.chmod(mode)
         os.replace(beside, folder / DELTA)
+        write_json(folder / COMPONENTS, content)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"A delta must be written to {folder}, that failed ({str(error)[:120]}); free some "
+            "room and start again."
+        ) from error
     finally:
         beside.unlink(missing_ok=True)
-    write_json(folder / COMPONENTS, content)
 
 
 def _is_transposed(model: Model, name: str) -> bool:

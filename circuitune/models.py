@@ -349,7 +349,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(where)
         shards = Shards.of(folder_of(where)) if bound else None
         if shards and not _fits(shards, kind, place, bound):
-            hf = _skeleton(config, kind, where)
+            hf = skeleton(config, kind, where)
             return replace(_on_disk(hf, tokenizer, shards, place, name), max_memory=bound)
         hf, found = AutoModelForCausalLM.from_pretrained(
             where, dtype=kind, use_safetensors=True, output_loading_info=True
@@ -373,7 +373,7 @@ def _fits(shards: Shards, dtype: torch.dtype, device: torch.device, bound: int) 
     return weights <= SHARE_FOR_WEIGHTS * (bound - now)
 
 
-def _skeleton(config: PreTrainedConfig, dtype: torch.dtype, where: str) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype, where: str) -> PreTrainedModel:
     """The model of a configuration without its weights; buffers are there."""
     with init_empty_weights(include_buffers=False), Unallocated():
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -383,7 +383,7 @@ def _skeleton(config: PreTrainedConfig, dtype: torch.dtype, where: str) -> PreTr
     return hf
 
 
-def _renaming(hf: PreTrainedModel) -> Callable[[str], str]:
+def renaming(hf: PreTrainedModel) -> Callable[[str], str]:
     """How transformers names the tensors of old checkpoints today, where it only renames."""
     mapping = get_model_conversion_mapping(hf)
     renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
@@ -403,7 +403,7 @@ def _on_disk(
     Raises:
         UserError: the shards do not hold its tensors under the model's own names and shapes.
     """
-    shards = shards.renamed(_renaming(hf))
+    shards = shards.renamed(renaming(hf))
     wanted = {key: tuple(weight.shape) for key, weight in hf.named_parameters()}
     stored = {key: item.shape for key, item in shards.stored.items()}
     spare = {key for key, _ in hf.named_parameters(remove_duplicate=False)} | {

@@ -261,13 +261,15 @@ def test_a_write_that_stops_leaves_no_wrong_delta(
 
     with monkeypatch.context() as patch:
         patch.setattr(deltas_module, failing, fail)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(UserError, match=r"that failed \(no space left\); free some room"):
             save_delta(tmp_path, model, random_deltas(model, parts, 0.5), {"method": "new"})
     assert [path.name for path in tmp_path.iterdir()] == ["delta.safetensors"]
     with pytest.raises(UserError, match="run `circuitune tune` first"):
         load_delta(tmp_path)
     save_delta(tmp_path, model, random_deltas(model, parts, 0.5), {"method": "new"})
     assert load_delta(tmp_path).facts["method"] == "new"
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1  # who may read the record may read the tensors
 
 
 def test_digests_see_bytes_not_values() -> None:

@@ -6,6 +6,7 @@ checkpoint of the variant that it was at.
 """
 
 import copy
+import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -109,11 +110,14 @@ def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
 
 
 def _collect(folder: Path, target: Path) -> None:
-    """Copy what a variant leaves: its delta, its record and its logs, no checkpoints or caches."""
+    """Take over what a variant leaves: its delta, its record and its logs, no checkpoints."""
     target.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith("."):
-            shutil.copy2(path, target / path.name)
+            try:
+                os.link(path, target / path.name)  # a delta of all parameters is large
+            except OSError:
+                shutil.copy2(path, target / path.name)
     if (folder / "tensorboard").is_dir():
         shutil.copytree(folder / "tensorboard", target / "tensorboard", dirs_exist_ok=True)
 

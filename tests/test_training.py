@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import os
+import random
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -358,6 +359,7 @@ def resumed_after(
         (3, (5, 14), {}),
         (4, (4, 5, 9), {"accumulate": 2, "weight_decay": 0.3, "schedule": "cosine"}),
         (1, (1, 2, 15), {"keep": 1.0, "checkpointing": True}),
+        (1, sorted(random.Random(0).choices(range(1, 16), k=20)), {"keep": 1.0}),
     ],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(

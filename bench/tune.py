@@ -262,7 +262,7 @@ def main() -> None:
         child(given)
         return
     result: dict[str, Any] = {
-        "command": f"python bench/tune.py --model {given.model} --dtype {given.dtype}",
+        "command": " ".join(["python bench/tune.py", *sys.argv[1:]]),
         "batch": BATCH,
         "machine": platform.machine(),
         "shapes": {},

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.stats import mannwhitneyu
 
-from circuitune.components import parse_component
-from circuitune.deltas import Delta, load_delta, merged
+from circuitune.components import Head, parse_component
+from circuitune.deltas import Delta, merged, tuned_variants
 from circuitune.effects import EffectTable, grouped_p_values, measure
 from circuitune.errors import UserError
 from circuitune.models import Model
@@ -94,15 +94,18 @@ def changes(
 
     Returns:
         plain data: the ``task``, ``split``, number of ``pairs`` and of ``groups``, and under
-        ``variants`` what `compared` says of ``precise`` and, if it was trained, of ``random``.
+        ``variants`` what `compared` says of each method that tuned chosen heads.
 
     Raises:
         UserError: the run has no tuned heads or no pairs in this half, or they belong to another
             model.
     """
-    deltas = {"precise": load_delta(run / "tuned")}
-    if (run / "tuned" / "random").is_dir():
-        deltas["random"] = load_delta(run / "tuned" / "random")
+    deltas = {name: delta for name, delta in tuned_variants(run).items() if tuned_heads(delta)}
+    if not deltas:
+        raise UserError(
+            f"Only tuned heads can be compared with the others, {run / 'tuned'} names none; tune "
+            "with --methods precise,random."
+        )
     task = read_circuit(run)[1].task
     pair_set = PairSet.load(run)
     pairs, answers = pair_set.of(task, split), pair_set.answers
@@ -124,18 +127,19 @@ def changes(
 
 
 def tuned_heads(delta: Delta) -> list[str]:
-    """The heads that a delta was trained on, as its record names them.
+    """The heads that a delta was trained on, as its record names them; none of whole models.
 
     Raises:
-        UserError: the record names none.
+        UserError: the record has no list of components.
     """
     names = delta.facts.get("components")
-    if not isinstance(names, list) or not names:
+    if not isinstance(names, list):
         raise UserError(
-            "The record of a delta must name its heads under components, found "
+            "The record of a delta must list its heads under components, found "
             f"{names!r}; tune again."
         )
-    return [str(parse_component(name)) for name in names]
+    parts = (parse_component(name) for name in names)
+    return [str(part) for part in parts if isinstance(part, Head)]
 
 
 def compared(

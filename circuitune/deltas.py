@@ -36,6 +36,7 @@ from circuitune.slices import Slice, is_transposed
 
 DELTA = "delta.safetensors"
 COMPONENTS = "components.json"
+UNNAMED = "precise"  # the method of a record that names none
 KEY = re.compile(r"(?P<name>[^#]+)#(?:(?P<axis>rows|cols)=(\d+):(\d+)|(?P<whole>all|lora_[AB]))")
 
 
@@ -205,6 +206,18 @@ def load_delta(folder: Path) -> Delta:
             f"A tuned folder must hold {DELTA} and {COMPONENTS}, {folder} does not "
             f"({type(error).__name__}: {str(error)[:100]}); run `circuitune tune` first."
         ) from error
+
+
+def tuned_variants(run: Path) -> dict[str, Delta]:
+    """Every delta of a run by its method: that in ``tuned/``, then those in folders below it.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    top = run / "tuned"
+    inside = sorted(path for path in top.iterdir() if path.is_dir()) if top.is_dir() else []
+    found = {UNNAMED: load_delta(top)} | {path.name: load_delta(path) for path in inside}
+    return {str(delta.facts.get("method", name)): delta for name, delta in found.items()}
 
 
 def _check_tensor(key: str, value: Tensor, delta: Delta) -> None:

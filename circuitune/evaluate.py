@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 
 from circuitune.answering import exact_match
 from circuitune.config import EvaluateConfig
-from circuitune.deltas import Delta, load_delta, merged
+from circuitune.deltas import Delta, merged, tuned_variants
 from circuitune.errors import UserError
 from circuitune.exercises import TEST_RESERVE, held_out_problems
 from circuitune.models import Model
@@ -114,18 +114,6 @@ def rivals(variants: Iterable[str]) -> list[str]:
     """The variants that precise tuning is compared with; none where it was not trained."""
     names = list(variants)
     return [name for name in names if name not in ("base", CHIEF)] if CHIEF in names else []
-
-
-def tuned_variants(run: Path) -> dict[str, Delta]:
-    """Every delta of a run by its method: that in ``tuned/``, then those in folders below it.
-
-    Raises:
-        UserError: one cannot be read.
-    """
-    top = run / "tuned"
-    inside = sorted(path for path in top.iterdir() if path.is_dir()) if top.is_dir() else []
-    deltas = [load_delta(folder) for folder in (top, *inside)]
-    return {str(delta.facts.get("method", CHIEF)): delta for delta in deltas}
 
 
 def evaluate(model: Model, config: EvaluateConfig, run: Path, work: Path) -> None:

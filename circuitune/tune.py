@@ -312,7 +312,7 @@ def train_method(
     """Train what a method makes trainable; gives the outcome and the delta's tensors by key."""
     rows: list[list[int]] = []
     if config.keep:
-        paragraphs = training_text()[WATCHED_TEXTS if config.forget_budget else 0 :]
+        paragraphs = training_text()[WATCHED_TEXTS if config.evaluate_every else 0 :]
         rows = text_rows(trained, paragraphs, own_text(trained, seed=config.seed))
     data = training_set(
         trained,

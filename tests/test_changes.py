@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -218,5 +219,19 @@ def test_a_run_that_cannot_be_compared_is_refused(model: Model, tmp_path: Path) 
     pair_set.save(run)
     part, weight = columns(model)
     save_delta(run / "tuned", model, {part: weight}, {})
-    with pytest.raises(UserError, match="must name its heads"):
+    with pytest.raises(UserError, match="must list its heads"):
         changes(model, run)
+    shutil.rmtree(run / "tuned" / "random")
+    save_delta(run / "tuned", model, {part: weight}, {"method": "full", "components": []})
+    with pytest.raises(UserError, match="names none; tune with --methods precise,random"):
+        changes(model, run)
+
+
+def test_variants_go_by_their_method_not_by_their_place(model: Model, tmp_path: Path) -> None:
+    """The first method lies in ``tuned/`` whatever it is; MLPs are no heads."""
+    run = write(model, tmp_path, {".": 2.0, "random": 1.0})
+    part, weight = columns(model)
+    facts = {"method": "layers", "components": ["2.1", "mlp.3"]}
+    save_delta(run / "tuned", model, {part: weight}, facts)
+    found = changes(model, run, draws=50)["variants"]
+    assert set(found) == {"layers", "random"}

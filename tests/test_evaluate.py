@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from circuitune.deltas import tuned_variants
 from circuitune.errors import UserError
-from circuitune.evaluate import accuracy_records, drift_records, rivals, tuned_variants
+from circuitune.evaluate import accuracy_records, drift_records, rivals
 from circuitune.problems import Operator, Problem
 
 

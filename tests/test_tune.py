@@ -11,9 +11,8 @@ import torch
 
 from circuitune import cli, methods, tune
 from circuitune.config import TuneConfig
-from circuitune.deltas import load_delta, merged
+from circuitune.deltas import load_delta, merged, tuned_variants
 from circuitune.errors import UserError
-from circuitune.evaluate import tuned_variants
 from circuitune.models import Model, load
 from circuitune.pairs import PairSet
 from circuitune.tune import (

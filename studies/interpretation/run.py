@@ -27,7 +27,8 @@ OPERATORS = ("add", "sub", "mul", "div")
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 # Random sets beside a jointly selected set.
 JOINT_CONTROLS = 50
-# The rule of choosing was settled on the halves of seed 0: it is judged on others.
+# The rule of choosing was settled on the halves of seed 0: it is judged on another
+# split of the same operand pairs.
 JOINT_SEED = ["--seed", "1"]
 # Multiple-choice questions of each data set: enough to tell a loss of 2 points.
 QUESTIONS = 900

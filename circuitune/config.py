@@ -154,6 +154,7 @@ class TuneConfig:
     learning_rate: float = option(
         0.0, "Peak learning rate of AdamW; 0 takes the method's own.", least=0
     )
+    mlp_rate: float = option(0.1, "Learning rate of MLPs, as a share of the heads'.", least=0)
     weight_decay: float = option(0.0, "Decay towards the base weights.", least=0)
     keep: float = option(
         8.0, "Weight of the KL to the base on plain text; 0 turns it off.", least=0

@@ -44,6 +44,7 @@ class LoopConfig:
         steps: optimiser steps.
         batch_size: examples per step, of all pieces and processes together.
         learning_rate: peak of AdamW's.
+        in_place: factor on it for parameters that do not start at zero, those that train in place.
         accumulate: pieces of a batch that run one after another, to save memory.
         weight_decay: pull towards the values at the start, per step and learning rate.
         warmup: share of the steps over which the learning rate rises.
@@ -59,6 +60,7 @@ class LoopConfig:
     steps: int
     batch_size: int
     learning_rate: float
+    in_place: float = 1.0
     accumulate: int = 1
     weight_decay: float = 0.0
     warmup: float = 0.05

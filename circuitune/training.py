@@ -177,8 +177,9 @@ class _Decay(TrainerCallback):
     @torch.no_grad()
     def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
         """As AdamW decays, with the learning rate of this step."""
-        share = optimizer.param_groups[0]["lr"] * self.decay
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         for parameter, start in zip(self.parameters, self.start, strict=True):
+            share = rates[id(parameter)] * self.decay
             if start is None:
                 parameter.mul_(1 - share)
             else:
@@ -257,8 +258,23 @@ class _Loop(Trainer):
 
     def __init__(self, folder: Path, record: dict[str, Any], watch: _Watch, **rest: Any) -> None:
         self.folder, self.record, self.watch = folder, record, watch
+        self.in_place = record["options"]["in_place"]
+        # Known before a checkpoint is loaded: what trains in place does not start at zero.
+        self.places = {id(p) for p in watch.parameters if self.in_place != 1 and p.any()}
         super().__init__(**rest)
         self.remove_callback(PrinterCallback)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Split off the parameters that train in place, with a learning rate of their own."""
+        optimizer = super().create_optimizer(model)
+        for group in list(optimizer.param_groups):
+            placed = [p for p in group["params"] if id(p) in self.places]
+            if placed:
+                group["params"] = [p for p in group["params"] if id(p) not in self.places]
+                rest = {name: value for name, value in group.items() if name != "params"}
+                rate = group["lr"] * self.in_place
+                optimizer.add_param_group(rest | {"params": placed, "lr": rate})
+        return optimizer
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)

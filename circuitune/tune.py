@@ -8,7 +8,7 @@ checkpoint of the variant that it was at.
 import copy
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -67,12 +67,14 @@ class Lessons:
         watch: problems that are answered while training.
         writing: how the run writes problems.
         facts: where the texts come from, counts, and their digest.
+        rows: token ids of plain text on which the model is held to the base.
     """
 
     examples: list[Example]
     watch: list[Problem]
     writing: Writing
     facts: dict[str, Any]
+    rows: list[list[int]] = field(default_factory=list)
 
 
 def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
@@ -90,6 +92,7 @@ def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
     heads = pick_heads(trained, run, config.heads, rule=config.pick, examples=lessons.examples)
     mlps = pick_mlps(run, config.mlps)
     kept = lasting(run, STAGES["tune"], config)
+    lessons = replace(lessons, rows=anchor_rows(trained, config))
     variants: dict[str, Any] = {}
     for place, name in enumerate(config.methods):
         rng = np.random.default_rng(config.seed)
@@ -185,6 +188,14 @@ def lessons_for(model: Model, pair_set: PairSet, config: TuneConfig) -> Lessons:
     return Lessons(
         examples, drawn.watch, writing, facts | {"texts": len(examples), "digest": digest(examples)}
     )
+
+
+def anchor_rows(model: Model, config: TuneConfig) -> list[list[int]]:
+    """Plain text on which every method is held to the base; none without ``--keep``."""
+    if not config.keep:
+        return []
+    paragraphs = training_text()[WATCHED_TEXTS if config.evaluate_every else 0 :]
+    return text_rows(model, paragraphs, own_text(model, seed=config.seed))
 
 
 def in_precision(model: Model, dtype: torch.dtype) -> Model:
@@ -291,6 +302,7 @@ def loop_config(config: TuneConfig, method: str) -> LoopConfig:
         steps=config.steps,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate or LEARNING_RATES[method],
+        in_place=config.mlp_rate if method in ("precise", "random") else 1.0,
         accumulate=config.accumulate,
         weight_decay=config.weight_decay,
         keep=config.keep,
@@ -310,17 +322,13 @@ def train_method(
     folder: Path,
 ) -> tuple[Outcome, dict[str, Tensor]]:
     """Train what a method makes trainable; gives the outcome and the delta's tensors by key."""
-    rows: list[list[int]] = []
-    if config.keep:
-        paragraphs = training_text()[WATCHED_TEXTS if config.evaluate_every else 0 :]
-        rows = text_rows(trained, paragraphs, own_text(trained, seed=config.seed))
     data = training_set(
         trained,
         lessons.examples,
         method.lowest,
         prefix=method.prefix,
         cache=folder.parent / "prefix" if config.cache else None,
-        rows=rows,
+        rows=lessons.rows,
     )
     watched = monitor(trained, method, lessons, config)
     gains = head_gains(trained, method.parts) if config.head_scale else None

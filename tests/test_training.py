@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from circuitune import ranks, training
-from circuitune.components import Head
+from circuitune.components import Head, Mlp
 from circuitune.errors import UserError
 from circuitune.examples import IGNORED, Example
 from circuitune.models import Model, load
 from circuitune.prefix import text_rows, training_text
-from circuitune.slices import attached, head_slices, trainable
+from circuitune.slices import attached, head_slices, mlp_slices, trainable
 from circuitune.supervised import (
     Course,
     LoopConfig,
@@ -315,6 +315,39 @@ def test_decay_pulls_whole_parameters_to_the_base_not_to_zero(
         weight.requires_grad_(False)
     assert 0 < moved[1] < 0.8 * moved[0]
     assert (weight - base).norm() < 0.05 * base.norm()  # towards zero would be 0.9
+
+
+def test_what_trains_in_place_has_a_rate_of_its_own(
+    model: Model, data: TrainingSet, tmp_path: Path
+) -> None:
+    """Against torch's AdamW with two groups; a resumed run has both rates too."""
+    parts = [*head_slices(model, HEADS), *mlp_slices(model, [Mlp(3)])]
+    config = replace(SMALL, in_place=0.1, save_every=4, schedule="constant", warmup=0.0)
+    ends = []
+    for name, runs in (("whole", (6,)), ("resumed", (4, 6))):
+        for steps in runs:
+            some = replace(config, steps=steps)
+            with attached(model, parts), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(training, "_check", lambda *_: None)  # 4 steps go on to 6
+                train(model, trainable(model), data, some, tmp_path / name)
+                ends.append([value.detach().clone() for value in trainable(model)])
+    assert same(ends[0], ends[2])
+    with attached(model, parts):
+        values = trainable(model)
+        groups = [
+            {"params": [v for v in values if v.any() == placed], "lr": rate}
+            for placed, rate in ((False, 3e-3), (True, 3e-4))
+        ]
+        assert all(group["params"] for group in groups)
+        module = Supervised(model, values, data, config)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        course = Course(data, config)
+        for step in range(6):
+            module(**collate([course[step * 8 + place] for place in range(8)]))["loss"].backward()
+            nn.utils.clip_grad_norm_(values, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(ends[0], [v.detach() for v in values], rtol=0, atol=3e-6)
 
 
 # --------------------------------------------------------------------------------------- resume

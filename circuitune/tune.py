@@ -6,6 +6,7 @@ checkpoint of the variant that it was at.
 """
 
 import copy
+import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
@@ -92,7 +93,7 @@ def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
     heads = pick_heads(trained, run, config.heads, rule=config.pick, examples=lessons.examples)
     mlps = pick_mlps(run, config.mlps)
     kept = lasting(run, STAGES["tune"], config)
-    lessons = replace(lessons, rows=anchor_rows(trained, config))
+    lessons = replace(lessons, rows=anchor_rows(trained, config, kept / "anchor.json"))
     variants: dict[str, Any] = {}
     for place, name in enumerate(config.methods):
         rng = np.random.default_rng(config.seed)
@@ -190,12 +191,18 @@ def lessons_for(model: Model, pair_set: PairSet, config: TuneConfig) -> Lessons:
     )
 
 
-def anchor_rows(model: Model, config: TuneConfig) -> list[list[int]]:
-    """Plain text on which every method is held to the base; none without ``--keep``."""
+def anchor_rows(model: Model, config: TuneConfig, path: Path) -> list[list[int]]:
+    """Plain text on which every method is held to the base; none without ``--keep``.
+
+    It is kept in a file: what the model writes itself depends on the number of threads, and a
+    killed stage must go on with the same text.
+    """
     if not config.keep:
         return []
-    paragraphs = training_text()[WATCHED_TEXTS if config.evaluate_every else 0 :]
-    return text_rows(model, paragraphs, own_text(model, seed=config.seed))
+    if not path.is_file():
+        paragraphs = training_text()[WATCHED_TEXTS if config.evaluate_every else 0 :]
+        write_json(path, text_rows(model, paragraphs, own_text(model, seed=config.seed)))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def in_precision(model: Model, dtype: torch.dtype) -> Model:

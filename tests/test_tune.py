@@ -15,6 +15,7 @@ from circuitune.deltas import load_delta, merged, tuned_variants
 from circuitune.errors import UserError
 from circuitune.models import Model, load
 from circuitune.pairs import PairSet
+from circuitune.prefix import TEXT_TOKENS
 from circuitune.tune import (
     LEARNING_RATES,
     in_precision,
@@ -112,6 +113,8 @@ def test_a_killed_stage_goes_on_where_it_was(
     monkeypatch.setattr(
         tune, "save_variant", lambda *given: (trained.append("again"), plain(*given))
     )
+    # Another number of threads, and a model writes another text; the first one must stay.
+    monkeypatch.setattr(tune, "own_text", lambda *_, **__: [[5] * TEXT_TOKENS])
     again = tuned(model, SMALL, run, tmp_path / "again")
     assert trained == ["precise", "random", "again"]
     for folder in (Path("tuned"), Path("tuned/random")):

@@ -259,6 +259,6 @@ def live_model(base: Base, delta: Delta) -> Model:
     return model
 
 
-def fits(base: Base) -> bool:
-    """Whether the base can be run in float32 here."""
-    return base.numbers <= SHARE * psutil.virtual_memory().available
+def fits(base: Base, *, width: int = 4) -> bool:
+    """Whether the base can be run here in numbers of so many bytes."""
+    return base.numbers // 4 * width <= SHARE * psutil.virtual_memory().available

@@ -268,10 +268,11 @@ def test_delta_is_found_in_a_run_directory_and_fits_a_base_loaded_in_16_bits(
 def test_nothing_is_run_where_it_does_not_fit(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    _, delta = made()
     monkeypatch.setattr(bases, "SHARE", 0.0)
     monkeypatch.setattr(models, "load", None)
-    assert merge(made()[1], tmp_path / "out").difference is None
-    assert export_lora(made()[1], tmp_path / "lora").difference is None
+    assert merge(delta, tmp_path / "out").difference is None
+    assert export_lora(delta, tmp_path / "lora").difference is None
 
 
 # ----------------------------------------------------------------------------------------- LoRA

@@ -1,25 +1,25 @@
-"""The command line: one command per stage, options read off the config dataclasses.
+"""The command line: one command per stage; `circuitune.recipes` reads the options.
 
 Nothing heavy is imported before a command runs, and a stage that is already done does not even
 load the model.
 """
 
 import importlib
-import inspect
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
 from circuitune import config as configs
 from circuitune import ranks, runs
 from circuitune.errors import UserError
+from circuitune.recipes import IMPLEMENTATION, stage_options, with_options
 
 app = typer.Typer(
     help="Find the heads with which a language model calculates, prove it, and tune only them.",
@@ -28,17 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-# Stage name -> (function, options). The function gets (model, config, run, work).
-IMPLEMENTATION: dict[str, tuple[str, type]] = {
-    "pairs": ("circuitune.pairs:collect", configs.PairsConfig),
-    "locate": ("circuitune.locate:locate", configs.LocateConfig),
-    "validate": ("circuitune.validate:validate", configs.ValidateConfig),
-    "explain": ("circuitune.explain:explain", configs.ExplainConfig),
-    "transfer": ("circuitune.transfer:transfer", configs.TransferConfig),
-    "tune": ("circuitune.tune:tune", configs.TuneConfig),
-    "evaluate": ("circuitune.evaluate:evaluate", configs.EvaluateConfig),
-}
 
 # Stages of `circuitune run`; transfer takes its time and is asked for by itself.
 DEFAULT_STAGES = ("pairs", "locate", "validate", "explain", "tune", "evaluate")
@@ -133,116 +122,6 @@ def _writing(run: Path, stage: runs.Stage, options: Any) -> Iterator[Path]:
     else:
         with tempfile.TemporaryDirectory(prefix="circuitune-") as work:
             yield Path(work)
-
-
-def stage_options(values: dict[str, Any], *names: str) -> list[Any]:
-    """Configs of the named stages from given flags over a YAML file over defaults."""
-    file = values.pop("config", None)
-    recipe = read_recipe(file) if file else {}
-    given = {key: value for key, value in values.items() if value is not None}
-    built = []
-    for name in names:
-        config_class = IMPLEMENTATION[name][1]
-        known = {item.name for item in fields(config_class)}
-        section = recipe.get(name) or {}
-        chosen = {key: value for key, value in given.items() if key in known}
-        built.append(configs.overrides(config_class, section | chosen))
-    return built
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a YAML recipe: one section per stage.
-
-    Raises:
-        UserError: the file is absent, not YAML, or has an unknown or malformed section.
-    """
-    import yaml
-
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"--config must be a readable YAML file, {path} is not ({error}); correct the file."
-        ) from error
-    if not isinstance(recipe, dict):
-        raise UserError(
-            f"--config must hold sections with options, {path} holds {recipe!r}; put the options "
-            f"under {', '.join(IMPLEMENTATION)}."
-        )
-    for name, section in recipe.items():
-        if name not in IMPLEMENTATION:
-            raise UserError(
-                f"--config must have the sections {', '.join(IMPLEMENTATION)}, found {name!r}; "
-                "correct the file."
-            )
-        if not isinstance(section, dict | None):
-            raise UserError(
-                f"A section of --config must hold options, {name} holds {section!r}; write "
-                "`option: value` below it."
-            )
-    return recipe
-
-
-def with_options(*stages: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add the options of stages to a command, as flags named after the config fields.
-
-    The command receives them in its keyword ``values``; a flag that is not given is None, so
-    that a YAML recipe can speak.
-    """
-    flags: dict[str, Any] = {}
-    for name in stages:
-        for item in fields(IMPLEMENTATION[name][1]):
-            flags.setdefault(item.name, item)
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(function)
-        kept = [p for p in own.parameters.values() if p.name != "values"]
-
-        def command(**arguments: Any) -> None:
-            values = {key: arguments.pop(key) for key in flags}
-            for key, item in flags.items():
-                if isinstance(item.default, tuple) and values[key] is not None:
-                    values[key] = _split(values[key], get_args(item.type)[0])
-            function(**arguments, values=values)
-
-        extra = [
-            inspect.Parameter(
-                key,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[_flag_type(item.default) | None, _flag(item)],
-            )
-            for key, item in flags.items()
-        ]
-        command.__name__, command.__doc__ = function.__name__, function.__doc__
-        command.__signature__ = own.replace(parameters=[*kept, *extra])  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in [*kept, *extra]}
-        return command
-
-    return decorate
-
-
-def _split(text: str, kind: type) -> tuple[Any, ...]:
-    """Parts of a comma-separated flag; what is not of the kind stays text and is refused later."""
-    parts = tuple(part.strip() for part in text.split(","))
-    try:
-        return tuple(kind(part) for part in parts)
-    except ValueError:
-        return parts
-
-
-def _flag_type(default: Any) -> type:
-    return str if default is None or isinstance(default, tuple) else type(default)
-
-
-def _flag(item: Any) -> Any:
-    default = item.default
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-    text = item.metadata["help"] + ("" if default is None else f" (default: {shown})")
-    name = "--" + item.name.replace("_", "-")
-    if isinstance(default, bool):
-        name += "/--no-" + item.name.replace("_", "-")
-    return typer.Option(name, help=text, show_default=False)
 
 
 def _open(run: Path) -> LoadedModel:
@@ -364,10 +243,48 @@ def tune_command(
 
 @app.command("evaluate")
 @with_options("evaluate")
-def evaluate_command(run: RunFolder, values: dict[str, Any], config: ConfigFile = None) -> None:
-    """Exact match on held-out problems and drift on plain text, base against tuned."""
+def evaluate_command(
+    model_or_run: Annotated[
+        str, typer.Argument(help="Run directory, or a model as in `circuitune run`.")
+    ],
+    values: dict[str, Any],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Of a model: folder to write; by default runs/eval-NAME."),
+    ] = None,
+    config: ConfigFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Held-out problems, drift on plain text and benchmarks, base against tuned."""
     (options,) = stage_options(values | {"config": config}, "evaluate")
-    run_stage("evaluate", run, options, _open(run))
+    run = Path(model_or_run)
+    if (run / runs.MANIFEST).is_file():
+        if out is not None:
+            raise UserError(
+                f"--out is for a model alone, {run} is a run directory and its results are "
+                "written there; leave --out out."
+            )
+        run_stage("evaluate", run, options, _open(run))
+    else:
+        run = (
+            out or Path("runs") / f"eval-{re.sub(r'[^A-Za-z0-9.]+', '-', model_or_run).strip('-')}"
+        )
+        load = {"device": device, "dtype": dtype, "max_memory": None}
+        with _create(model_or_run, run, load) as loaded:
+            run_stage("benchmark", run, options, loaded)
+    _show_benchmarks(run)
+
+
+def _show_benchmarks(run: Path) -> None:
+    """Print the tables of ``eval.json``."""
+    if ranks.rank() == 0:
+        from rich.console import Console
+
+        from circuitune.report.terminal import render_benchmarks
+
+        Console().print(render_benchmarks(run / "eval.json"))
+        typer.echo(str(run / "eval.json"))
 
 
 Tuned = Annotated[Path, typer.Argument(help="Run directory, or a folder with a delta.")]

@@ -21,7 +21,8 @@ Axis names of array shapes: ``example`` (one prompt pair), ``sender`` (one compo
 (prompts that run together); in training ``text``, ``text_token`` and ``step`` (rows of plain
 text, their tokens, and those that predict one); in
 statistics ``row`` (whatever is compared), ``unit`` (what is resampled whole), ``draw`` (resamples)
-and ``test`` (hypotheses); ``paragraph`` and ``quantity`` (what is summed over a paragraph); of
+``test`` (hypotheses), ``seed`` (of a training) and ``group`` (examples with something in common);
+``paragraph`` and ``quantity`` (what is summed over a paragraph); of
 paths ``receiver``, ``role`` and ``cell`` (one position of one example).
 """
 

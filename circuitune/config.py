@@ -181,8 +181,21 @@ class TuneConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Exact match on held-out problems, and what tuning did to plain English."""
+    """Exact match on held-out problems, what tuning did to plain English, and benchmarks."""
 
+    suite: str | None = option(
+        None,
+        "Benchmarks too: paper (word problems, MMLU, CommonsenseQA, BBH, WikiText), "
+        "word-problems, retention, or tasks with commas.",
+    )
+    data_dir: str | None = option(
+        None, "Folder with the data sets of the suite; by default the Hugging Face hub."
+    )
+    limit: int = option(0, "Most questions of a benchmark, drawn at random; 0 asks all.", least=0)
+    shots: int = option(
+        -1, "Solved examples before a question; -1 takes each task's own.", least=-1
+    )
+    chat: bool = option(False, "Ask benchmarks through the tokenizer's chat template.")
     problems: int = option(300, "Held-out problems.", least=1)
     retention: str | None = option(
         None, "Text file for perplexity and KL; by default the one that ships."

@@ -1,31 +1,42 @@
-"""What tuning gained and what it cost: exact match on held-out problems, and drift on plain text.
+"""What tuning gained and what it cost: held-out problems, drift on plain text, and benchmarks.
 
 Every number has an interval, every comparison is paired: the same problems, the same text.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Bool, Float
 
 from circuitune.answering import exact_match
-from circuitune.config import EvaluateConfig
+from circuitune.config import EvaluateConfig, PairsConfig, TuneConfig
 from circuitune.deltas import Delta, merged, tuned_variants
 from circuitune.errors import UserError
 from circuitune.exercises import TEST_RESERVE, held_out_problems
 from circuitune.models import Model
-from circuitune.pairs import PairSet, Writing
+from circuitune.pairs import PairSet, Writing, make_pairs
 from circuitune.problems import Problem
 from circuitune.retention import drift, retention_text
-from circuitune.runs import write_json
+from circuitune.runs import STAGES, lasting, write_json
 from circuitune.stats import (
     Interval,
     clustered_proportion,
     paired_difference,
     resample_counts,
+)
+from circuitune.suites import (
+    COLUMNS,
+    Questions,
+    ask_suite,
+    missing_record,
+    named_tasks,
+    suite_records,
 )
 
 # Every other variant is compared with this one.
@@ -116,18 +127,67 @@ def rivals(variants: Iterable[str]) -> list[str]:
     return [name for name in names if name not in ("base", CHIEF)] if CHIEF in names else []
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Records for ``eval.json``, and the outcomes that they rest on."""
+
+    records: list[dict[str, Any]]
+    samples: pd.DataFrame
+
+
 def evaluate(model: Model, config: EvaluateConfig, run: Path, work: Path) -> None:
-    """The stage: base and variants on the same problems and text; writes ``eval.json``."""
-    pair_set = PairSet.load(run)
-    selection = pair_set.selection
-    writing = Writing(selection["prefix"], selection["spaced_answer"])
-    deltas = tuned_variants(run)
+    """The stage: base and variants on the same problems and text; ``eval.json``, all outcomes.
+
+    Outcomes of single problems, paragraphs and questions are in ``samples.parquet``.
+
+    Raises:
+        UserError: an option is unusable, or a delta does not fit the model.
+    """
+    pair_set, deltas = PairSet.load(run), tuned_variants(run)
     options = next(iter(deltas.values())).facts["options"]
+    kept = lasting(run, STAGES["evaluate"], config)
+    parts = [_arithmetic(model, deltas, pair_set, options, config)]
+    _write([*parts, *_beside(model, deltas, config, kept)], work)
+
+
+def benchmark(model: Model, config: EvaluateConfig, run: Path, work: Path) -> None:
+    """The stage of a model that is not tuned: generated arithmetic, perplexity, and a suite.
+
+    Raises:
+        UserError: an option is unusable.
+    """
+    kept = lasting(run, STAGES["benchmark"], config)
+    options = asdict(TuneConfig(seed=config.seed))
+    try:
+        pair_set = make_pairs(model, PairsConfig(seed=config.seed))
+    except UserError as error:  # numbers are not written in digits that it knows
+        parts = [Measured([missing_record("arithmetic", str(error))], pd.DataFrame())]
+    else:
+        parts = [_arithmetic(model, {}, pair_set, options, config)]
+    _write([*parts, *_beside(model, {}, config, kept)], work)
+
+
+def _write(parts: Sequence[Measured], work: Path) -> None:
+    """Both files of the stage."""
+    samples = pd.concat([part.samples for part in parts], ignore_index=True)
+    samples.to_parquet(work / "samples.parquet", index=False)
+    write_json(work / "eval.json", [record for part in parts for record in part.records])
+
+
+def _arithmetic(
+    model: Model,
+    deltas: Mapping[str, Delta],
+    pair_set: PairSet,
+    options: Mapping[str, Any],
+    config: EvaluateConfig,
+) -> Measured:
+    """Generated problems that no variant was trained on."""
     if config.problems > TEST_RESERVE:
         raise UserError(
             f"--problems must be at most {TEST_RESERVE}, the number kept out of training, found "
             f"{config.problems}; choose fewer."
         )
+    writing = Writing(pair_set.selection["prefix"], pair_set.selection["spaced_answer"])
     problems = held_out_problems(
         pair_set,
         options["tune_operators"],
@@ -135,12 +195,39 @@ def evaluate(model: Model, config: EvaluateConfig, run: Path, work: Path) -> Non
         n=config.problems,
         seed=options["seed"],
     )
-    paragraphs = retention_text(config.retention)
-    hits = {}
+    hits, frames = {}, []
     for name in ("base", *deltas):
         with variant(model, deltas.get(name)):
             hits[name] = exact_match(model, problems, writing)
+        facts = {"variant": name, "metric": "exact_match", "value": hits[name].astype(float)}
+        texts = {"task": [p.operator.id for p in problems], "id": [str(p) for p in problems]}
+        frames.append(pd.DataFrame(texts | facts | {"weight": 1.0, "output": ""}))
     records = accuracy_records(hits, problems, seed=config.seed)
-    measured = drift(model, deltas, paragraphs)
-    records += drift_records(measured, seed=config.seed)
-    write_json(work / "eval.json", records)
+    return Measured(records, pd.concat(frames)[COLUMNS])
+
+
+def _beside(
+    model: Model, deltas: Mapping[str, Delta], config: EvaluateConfig, kept: Path
+) -> Iterator[Measured]:
+    """Plain text, and the suite if there is one."""
+    measured = drift(model, deltas, retention_text(config.retention))
+    frames = []
+    for name, sums in measured.items():
+        for column, metric in ((1, "loss"), (2, "kl")):
+            places = [str(place) for place in range(len(sums))]
+            per_token = {"value": sums[:, column] / sums[:, 0], "weight": sums[:, 0]}
+            facts = {"task": "retention", "variant": name, "metric": metric, "output": ""}
+            frames.append(pd.DataFrame({"id": places} | per_token).assign(**facts))
+    yield Measured(drift_records(measured, seed=config.seed), pd.concat(frames)[COLUMNS])
+    if config.suite:
+        questions = Questions(
+            named_tasks(config.suite),
+            Path(config.data_dir) if config.data_dir else None,
+            limit=config.limit,
+            shots=None if config.shots < 0 else config.shots,
+            chat=config.chat,
+            seed=config.seed,
+        )
+        contexts = {name: partial(variant, model, deltas.get(name)) for name in ("base", *deltas)}
+        answered = ask_suite(model, contexts, questions, kept)
+        yield Measured(suite_records(answered, seed=config.seed), answered.samples)

@@ -413,7 +413,7 @@ def overlap(train_texts: Sequence[str], test_texts: Sequence[str]) -> list[Overl
         train_texts: problem texts of the training data, e.g. ``Texts.questions``.
         test_texts: problem texts of the evaluation.
     """
-    asked = [_words(text) for text in test_texts]
+    asked = [normal_words(text) for text in test_texts]
     same, inside = defaultdict(list), defaultdict(list)
     for test, words in enumerate(asked):
         if words:
@@ -422,7 +422,7 @@ def overlap(train_texts: Sequence[str], test_texts: Sequence[str]) -> list[Overl
             inside[words[:CONTAINED_WORDS]].append(test)
     found = set()
     for train, text in enumerate(train_texts):
-        words = _words(text)
+        words = normal_words(text)
         for test in same.get(words, ()):
             kind = "exact" if text == test_texts[test] else "normalised"
             found.add(Overlap(test, train, kind))
@@ -443,8 +443,8 @@ _PIECES = re.compile(
 )
 
 
-def _words(text: str) -> tuple[str, ...]:
-    """The normalised words, numbers and signs of a text."""
+def normal_words(text: str) -> tuple[str, ...]:
+    """The normalised words, numbers and signs of a text, see `overlap`."""
     plain = unicodedata.normalize("NFKC", text).translate(_SIGNS).casefold()
     return tuple(_number(piece) for piece in _PIECES.findall(plain))
 

@@ -8,13 +8,14 @@ set               files in the folder                  hub
 ================  ===================================  ======================================
 svamp             svamp/SVAMP.json                     ChilleD/SVAMP, train and test
 addsub            addsub/AddSub.json                   allenai/lila, addsub, its parquet files
+singleeq          singleeq/questions.json              allenai/lila, singleq, its parquet files
 gsm8k             gsm8k/test.jsonl, train.jsonl        openai/gsm8k, main, test and train
 commonsense_qa    commonsense_qa/dev_rand_split.jsonl  tau/commonsense_qa, validation
 bbh               bbh/NAME.json, one file a task       SaylorTwift/bbh, NAME, test
 ================  ===================================  ======================================
 
-Two tasks of BIG-Bench Hard count or calculate and are left out, multistep_arithmetic_two and
-object_counting: the questions show what is *not* arithmetic.
+Two tasks of BIG-Bench Hard count or calculate and are no questions here, `BBH_MATH`: the questions
+show what is *not* arithmetic.
 """
 
 import ast
@@ -73,8 +74,14 @@ class MultipleChoice:
 
 
 @dataclass(frozen=True)
-class _Record:
-    """One record of a set, and where it stands, for error messages."""
+class Record:
+    """One record of a set, as its authors publish it.
+
+    Attributes:
+        fields: columns.
+        id: the set and the number of the record.
+        where: where it stands, for error messages.
+    """
 
     fields: dict[str, Any]
     id: str
@@ -171,33 +178,54 @@ def _from_flat(row: dict[str, Any]) -> dict[str, Any]:
 
 # Lila's repository holds a loading script, which newer versions of `datasets` refuse to run; its
 # converted files need none.
-_LILA = "hf://datasets/allenai/lila@refs/convert/parquet/addsub/*/*.parquet"
+_LILA = "hf://datasets/allenai/lila@refs/convert/parquet/{}/*/*.parquet"
 # Those that calculate are left out: date_understanding counts days.
-_BBH_TASKS = (
+BBH_TASKS = (
     *("boolean_expressions", "causal_judgement", "disambiguation_qa"),
     *("hyperbaton", "navigate", "sports_understanding"),
 )
-_SETS: dict[str, tuple[tuple[str, ...], _Hub]] = {
-    "svamp": (("svamp/SVAMP.json",), _Hub({"path": "ChilleD/SVAMP"}, ("train", "test"))),
-    "addsub": (
-        ("addsub/AddSub.json",),
-        _Hub({"path": "parquet", "data_files": _LILA}, ("train",), _from_lila),
-    ),
-    "gsm8k": (
-        ("gsm8k/test.jsonl", "gsm8k/train.jsonl"),
-        _Hub({"path": "openai/gsm8k", "name": "main"}, ("test", "train")),
-    ),
-    "commonsense_qa": (
-        ("commonsense_qa/dev_rand_split.jsonl",),
-        _Hub({"path": "tau/commonsense_qa"}, ("validation",), _from_flat),
-    ),
-} | {
-    f"bbh/{task}": (
-        (f"bbh/{task}.json",),
-        _Hub({"path": "SaylorTwift/bbh", "name": task}, ("test",)),
-    )
-    for task in _BBH_TASKS
-}
+BBH_MATH = ("multistep_arithmetic_two", "object_counting")
+_SETS: dict[str, tuple[tuple[str, ...], _Hub]] = (
+    {
+        "svamp": (("svamp/SVAMP.json",), _Hub({"path": "ChilleD/SVAMP"}, ("train", "test"))),
+        "addsub": (
+            ("addsub/AddSub.json",),
+            _Hub({"path": "parquet", "data_files": _LILA.format("addsub")}, ("train",), _from_lila),
+        ),
+        "singleeq": (
+            ("singleeq/questions.json",),
+            _Hub(
+                {"path": "parquet", "data_files": _LILA.format("singleq")}, ("train",), _from_lila
+            ),
+        ),
+        "gsm8k": (
+            ("gsm8k/test.jsonl", "gsm8k/train.jsonl"),
+            _Hub({"path": "openai/gsm8k", "name": "main"}, ("test", "train")),
+        ),
+        "commonsense_qa": (
+            ("commonsense_qa/dev_rand_split.jsonl",),
+            _Hub({"path": "tau/commonsense_qa"}, ("validation",), _from_flat),
+        ),
+        "commonsense_qa/train": (
+            ("commonsense_qa/train_rand_split.jsonl",),
+            _Hub({"path": "tau/commonsense_qa"}, ("train",), _from_flat),
+        ),
+    }
+    | {
+        f"gsm8k/{part}": (
+            (f"gsm8k/{part}.jsonl",),
+            _Hub({"path": "openai/gsm8k", "name": "main"}, (part,)),
+        )
+        for part in ("train", "test")
+    }
+    | {
+        f"bbh/{task}": (
+            (f"bbh/{task}.json",),
+            _Hub({"path": "SaylorTwift/bbh", "name": task}, ("test",)),
+        )
+        for task in (*BBH_TASKS, *BBH_MATH)
+    }
+)
 
 
 def steps(name: str, data_dir: Path | None, *, limit: int) -> list[Step]:
@@ -215,7 +243,7 @@ def steps(name: str, data_dir: Path | None, *, limit: int) -> list[Step]:
         UserError: the name is unknown, the set cannot be had, or a record is malformed.
     """
     read = _one_of(_STEPS, name)
-    found = (read(record) for record in _records(name, data_dir))
+    found = (read(record) for record in records(name, data_dir))
     return list(islice((step for step in found if step is not None), limit))
 
 
@@ -236,9 +264,9 @@ def questions(name: str, data_dir: Path | None, *, limit: int, seed: int) -> lis
     parts, read = _one_of(_QUESTIONS, name)
     drawn = []
     for part in parts:
-        records = list(_records(part, data_dir))
-        random.Random(f"{seed}/{part}").shuffle(records)
-        drawn.append([read(record) for record in records[:limit]])
+        found = list(records(part, data_dir))
+        random.Random(f"{seed}/{part}").shuffle(found)
+        drawn.append([read(record) for record in found[:limit]])
     laps = zip_longest(*drawn)
     return [item for lap in laps for item in lap if item is not None][:limit]
 
@@ -254,8 +282,17 @@ def _one_of(table: dict[str, Any], name: str) -> Any:
 # ------------------------------------------------------------------------------ files and the hub
 
 
-def _records(name: str, data_dir: Path | None) -> Iterator[_Record]:
-    """All records of a set; files are read one after the other, as far as they are needed."""
+def records(name: str, data_dir: Path | None) -> Iterator[Record]:
+    """All records of a set; files are read one after the other, as far as they are needed.
+
+    Args:
+        name: a set above, a part as ``gsm8k/test`` or ``commonsense_qa/train``, or a task as
+            ``bbh/navigate``.
+        data_dir: the folder with the files; None for the hub.
+
+    Raises:
+        UserError: the set cannot be read.
+    """
     files, hub = _SETS[name]
     if data_dir is None:
         yield from _from_hub(name, hub, files)
@@ -273,7 +310,7 @@ def _records(name: str, data_dir: Path | None) -> Iterator[_Record]:
         kind = path.stem if len(files) > 1 else ""
         for number, fields in enumerate(_parse(text, path), start=1):
             ident = "/".join(part for part in (name, kind, str(number)) if part)
-            yield _Record(fields, ident, f"record {number} of {path}")
+            yield Record(fields, ident, f"record {number} of {path}")
 
 
 def _parse(text: str, path: Path) -> Iterator[dict[str, Any]]:
@@ -304,7 +341,7 @@ def _parse(text: str, path: Path) -> Iterator[dict[str, Any]]:
             yield item
 
 
-def _from_hub(name: str, hub: _Hub, files: Sequence[str]) -> Iterator[_Record]:
+def _from_hub(name: str, hub: _Hub, files: Sequence[str]) -> Iterator[Record]:
     for split in hub.splits:
         try:
             rows = importlib.import_module("datasets").load_dataset(**hub.arguments, split=split)
@@ -321,7 +358,7 @@ def _from_hub(name: str, hub: _Hub, files: Sequence[str]) -> Iterator[_Record]:
         for number, row in enumerate(rows, start=1):
             ident = "/".join(part for part in (name, kind, str(number)) if part)
             where = f"record {number} of {hub.address} ({split})"
-            yield _Record(hub.rename(dict(row)), ident, where)
+            yield Record(hub.rename(dict(row)), ident, where)
 
 
 # ----------------------------------------------------------------------------------- word problems
@@ -330,14 +367,14 @@ _WHOLE = r"(\d+)(?:\.0*)?"
 _OPERATION = re.compile(rf"\(?\s*{_WHOLE}\s*([-+*/])\s*{_WHOLE}\s*\)?")
 
 
-def _svamp(record: _Record) -> Step | None:
+def _svamp(record: Record) -> Step | None:
     body, question = record.get("Body").strip(), record.get("Question").strip()
     problem = f"{body}{'' if body.endswith(('.', ',', '?', '!')) else '.'} {question}"
     given = _number(record, "Answer", record.get("Answer", (str, int, float)))
     return _spelled_out(record, problem, record.get("Equation"), given)
 
 
-def _addsub(record: _Record) -> Step | None:
+def _addsub(record: Record) -> Step | None:
     equations, solutions = record.get("lEquations", list), record.get("lSolutions", list)
     if len(equations) != 1 or len(solutions) != 1:
         return None
@@ -348,7 +385,7 @@ def _addsub(record: _Record) -> Step | None:
     return _spelled_out(record, record.get("sQuestion").strip(), right, given)
 
 
-def _spelled_out(record: _Record, problem: str, operation: str, given: float) -> Step | None:
+def _spelled_out(record: Record, problem: str, operation: str, given: float) -> Step | None:
     """The problem and its operation on a line of its own."""
     found = _OPERATION.fullmatch(operation.strip())
     if found is None:
@@ -367,7 +404,7 @@ _NO_MORE = r"(?<![\d.,$%)])(?<![-+*/=][ ])(?<![-+*/=(])"
 _WRITTEN = {"+": r"\+", "-": "-", "*": "[*x\N{MULTIPLICATION SIGN}]", "/": "[/\N{DIVISION SIGN}]"}
 
 
-def _gsm8k(record: _Record) -> Step | None:
+def _gsm8k(record: Record) -> Step | None:
     """The first annotated step whose text reads as the annotation does."""
     solution = record.get("answer")
     for found in _CALCULATION.finditer(solution):
@@ -390,14 +427,14 @@ def _result(a: int, sign: str, b: int) -> int | None:
     return result if result >= 0 else None
 
 
-def _number(record: _Record, name: str, value: object) -> float:
+def _number(record: Record, name: str, value: object) -> float:
     try:
         return float(str(value))
     except ValueError as error:
         raise record.malformed(name) from error
 
 
-_STEPS: dict[str, Callable[[_Record], Step | None]] = {
+_STEPS: dict[str, Callable[[Record], Step | None]] = {
     "svamp": _svamp,
     "addsub": _addsub,
     "gsm8k": _gsm8k,
@@ -407,7 +444,7 @@ _STEPS: dict[str, Callable[[_Record], Step | None]] = {
 # --------------------------------------------------------------------------------- multiple choice
 
 
-def _commonsense(record: _Record) -> MultipleChoice:
+def _commonsense(record: Record) -> MultipleChoice:
     question = record.get("question", dict)
     stem, listed = question.get("stem"), question.get("choices")
     if not isinstance(stem, str) or not isinstance(listed, list) or not listed:
@@ -425,7 +462,7 @@ def _commonsense(record: _Record) -> MultipleChoice:
 _UNLISTED = {"boolean_expressions": ("True", "False"), "sports_understanding": ("yes", "no")}
 
 
-def _bbh(record: _Record) -> MultipleChoice:
+def _bbh(record: Record) -> MultipleChoice:
     text, target = record.get("input").strip(), record.get("target").strip()
     stem, _, options = text.partition("Options:")
     lettered = dict(re.findall(r"^(\([A-Z]\)) (.+)$", options, re.MULTILINE))
@@ -441,7 +478,7 @@ def _bbh(record: _Record) -> MultipleChoice:
     return MultipleChoice(record.id, f"Question: {asked}\nAnswer:", choices, place)
 
 
-_QUESTIONS: dict[str, tuple[tuple[str, ...], Callable[[_Record], MultipleChoice]]] = {
+_QUESTIONS: dict[str, tuple[tuple[str, ...], Callable[[Record], MultipleChoice]]] = {
     "commonsense_qa": (("commonsense_qa",), _commonsense),
-    "bbh": (tuple(f"bbh/{task}" for task in _BBH_TASKS), _bbh),
+    "bbh": (tuple(f"bbh/{task}" for task in BBH_TASKS), _bbh),
 }

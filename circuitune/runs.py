@@ -73,7 +73,9 @@ STAGES = {
             ("tuned", "tune.json"),
             ("paths.parquet",),
         ),
-        Stage("evaluate", (*PAIRS, "tuned", "tune.json"), ("eval.json",)),
+        Stage("evaluate", (*PAIRS, "tuned", "tune.json"), ("eval.json", "samples.parquet")),
+        # Of a model alone: the run directory holds nothing else.
+        Stage("benchmark", (), ("eval.json", "samples.parquet")),
     )
 }
 

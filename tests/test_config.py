@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 import pytest
 
 from circuitune import config
-from circuitune.cli import IMPLEMENTATION, stage_options
 from circuitune.config import LocateConfig, PairsConfig, TuneConfig, ValidateConfig, overrides
 from circuitune.errors import UserError
+from circuitune.recipes import IMPLEMENTATION, stage_options
 
 CLASSES = [config_class for _, config_class in IMPLEMENTATION.values()]
 

@@ -36,7 +36,7 @@ ROWS = [
     *("patching", "ports", "paths", "attribution", "selftest", "pairs", "roles", "chains"),
     *("graph", "slices", "deltas", "tensorfiles", "bases", "merging", "exporting", "verifying"),
     *("texts", "examples", "exercises", "answering", "extracting", "retention", "controls"),
-    *("readers", "wordproblems", "taskfiles", "sources"),
+    *("packs", "readers", "wordproblems", "taskfiles", "sources"),
     *("tasks", "selection", "knockout", "masks", "joint", "locate", "criteria", "validate"),
     *(
         "attention",
@@ -60,7 +60,7 @@ ROWS = [
         "suites",
         "evaluate",
     ),
-    *("report", "cli", "__main__"),
+    *("report", "recipes", "cli", "__main__"),
 ]
 
 FILE_LINES, FUNCTION_LINES, CLASS_LINES, PARAMETERS = 500, 60, 250, 7

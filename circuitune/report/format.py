@@ -200,6 +200,10 @@ def task_name(task: str) -> str:
         "gsm8k": "GSM8K",
         "commonsense_qa": "CommonsenseQA",
         "bbh": "BIG-Bench Hard",
+        "singleeq": "SingleEq",
+        "mmlu": "MMLU",
+        "wikitext": "WikiText-2",
+        "word_problems": "mean of the word problems",
     }
     return names.get(task, task)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from circuitune.errors import UserError
+from circuitune.report.estimate import Estimate
 from circuitune.report.fields import COMPONENT, Item, Source
 from circuitune.report.frames import read_table
 from circuitune.report.load_explain import load_explanation
@@ -82,6 +83,7 @@ def load(run: Path) -> Run:
             _source(run, "eval.json"),
         )
     )
+    records = None if evaluations is None else load_evaluations(evaluations)
     circuit = _circuit(files["circuit.json"])
     effects = _effects(files["effects.parquet"])
     named = [part.id for part in circuit.components]
@@ -100,7 +102,8 @@ def load(run: Path) -> Run:
         explanation=explained and load_explanation(explained),
         transfer=reached and load_transfer(reached, _knockout(matrix) if matrix else None),
         tuning=tuning and _tuning(tuning),
-        evaluations=None if evaluations is None else _evaluations(evaluations),
+        evaluations=records and tuple(r for r in records if not _is_benchmark(r)),
+        benchmarks=tuple(r for r in records or () if _is_benchmark(r)),
     )
 
 
@@ -313,21 +316,36 @@ def _tuning(source: Source) -> Tuning:
     return Tuning(variants, rule=str(top.values.get("rule", "")))
 
 
-def _evaluations(source: Source) -> tuple[Evaluation, ...]:
+def load_evaluations(source: Source) -> tuple[Evaluation, ...]:
+    """Records of `eval.json`; those of a suite have a kind, or say what is missing.
+
+    Raises:
+        UserError: The file cannot be read, or a record is malformed.
+    """
     records = source.parse(source.text())
     if not isinstance(records, list):
         raise source.fault("hold a list of records", f"found {type(records).__name__}")
     items = [source.item(record, f"record {place}") for place, record in enumerate(records)]
-    return tuple(
-        Evaluation(
-            task=item.text("task"),
-            variant=item.text("variant"),
-            metric=item.text("metric"),
-            estimate=item.estimate("value"),
-            n=item.count("n"),
-        )
-        for item in items
+    return tuple(_evaluation(item) for item in items)
+
+
+def _evaluation(item: Item) -> Evaluation:
+    absent, not_worse = item.text("metric") == "missing", item.values.get("not_worse")
+    return Evaluation(
+        task=item.text("task"),
+        variant=item.text("variant"),
+        metric=item.text("metric"),
+        estimate=Estimate(0.0) if absent else item.estimate("value"),
+        n=item.count("n"),
+        kind=str(item.values.get("kind", "")),
+        p_holm=item.optional_number("p_holm"),
+        not_worse=not_worse if isinstance(not_worse, bool) else None,
+        reason=item.text("reason") if absent else "",
     )
+
+
+def _is_benchmark(record: Evaluation) -> bool:
+    return bool(record.kind or record.reason)
 
 
 def _effects(source: Source) -> pd.DataFrame:

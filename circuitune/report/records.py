@@ -238,13 +238,22 @@ class Circuit:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One measured number of one model variant, over `n` examples."""
+    """One measured number of one model variant, or of a difference of two, over `n` examples.
+
+    Of a benchmark `kind` is `math` or `retention`, and a difference has its corrected p value and
+    whether the first variant is shown not to be worse than the second. A benchmark that was not
+    asked has the metric `missing` and a reason.
+    """
 
     task: str
     variant: str
     metric: str
     estimate: Estimate
     n: int
+    kind: str = ""
+    p_holm: float | None = None
+    not_worse: bool | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -301,3 +310,4 @@ class Run:
     transfer: Transfer | None
     tuning: Tuning | None
     evaluations: tuple[Evaluation, ...] | None
+    benchmarks: tuple[Evaluation, ...] = ()

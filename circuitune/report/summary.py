@@ -7,6 +7,7 @@ from functools import partial
 
 from circuitune.report import feeds
 from circuitune.report import format as fmt
+from circuitune.report.benchmarks import Benchmarks, benchmarks
 from circuitune.report.certainty import certainty
 from circuitune.report.estimate import Estimate
 from circuitune.report.explaining import Explained, explained
@@ -70,6 +71,7 @@ class Summary:
         judged: Other ablations, control tasks and criteria, None before `validate`.
         tuning: One row per variant, None before `tune` and `evaluate`.
         measurements: Every record of `eval.json`, None before `evaluate`.
+        benchmarks: Scores and differences of a suite, None where none was asked.
         enough: What joint selection proposed, None where another rule chose the components.
         reached: How far the circuit reaches, None before `transfer`.
         steps: The stages that are still to run.
@@ -92,6 +94,7 @@ class Summary:
     judged: Judged | None
     tuning: Table | None
     measurements: Table | None
+    benchmarks: Benchmarks | None
     enough: Enough | None
     reached: Reached | None
     steps: tuple[Step, ...]
@@ -120,7 +123,8 @@ def build(run: Run, measured: Measured) -> Summary:
         explained=run.explanation and explained(run.explanation),
         judged=judged(measured.removals, run.judgement, circuit.task, again) if curves else None,
         tuning=_tuning(run),
-        measurements=_measurements(run),
+        measurements=measurements(run.evaluations or ()),
+        benchmarks=benchmarks(run.benchmarks),
         enough=joint and enough(joint, measured.held_out, circuit.size, again),
         reached=run.transfer and reached(run.transfer, measured.reach),
         steps=_steps(run),
@@ -368,8 +372,9 @@ def evaluation_cell(record: Evaluation) -> Cell:
     return fmt.plain(record.estimate, signed=difference, digits=4 if metric == "kl" else None)
 
 
-def _measurements(run: Run) -> Table | None:
-    if not run.evaluations:
+def measurements(records: Sequence[Evaluation]) -> Table | None:
+    """Every record as it is, None where there is none."""
+    if not records:
         return None
     rows = [
         row(
@@ -379,7 +384,7 @@ def _measurements(run: Run) -> Table | None:
             evaluation_cell(r),
             fmt.count(r.n),
         )
-        for r in run.evaluations
+        for r in records
     ]
     words = ["Task", "Variant", "Metric"]
     return Table("All measurements", columns(*words, "Value", "Examples", left=words), tuple(rows))

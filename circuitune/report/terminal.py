@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -11,10 +12,13 @@ from rich.rule import Rule
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from circuitune.report.benchmarks import Benchmarks, benchmarks
+from circuitune.report.fields import Source
 from circuitune.report.format import Cell
+from circuitune.report.load import load_evaluations
 from circuitune.report.proposing import Enough
 from circuitune.report.reaching import Reached
-from circuitune.report.summary import Summary
+from circuitune.report.summary import Summary, measurements
 from circuitune.report.tables import Sentence, Table
 
 _COLOURS = {"top": "bold dark_orange3", "control": "bold dodger_blue2", "": ""}
@@ -38,6 +42,7 @@ def render(summary: Summary) -> RenderableType:
         if table is not None and table.rows:
             parts += [_FittedTable(table), Text()]
     parts += _enough(summary.enough) if summary.enough else []
+    parts += _benchmarks(summary.benchmarks) if summary.benchmarks else []
     parts += _reached(summary.reached) if summary.reached else []
     notes = (*shown.notes, *shown.forms_notes) if shown else ()
     for line in (*notes, judged.note if judged else ""):
@@ -46,6 +51,28 @@ def render(summary: Summary) -> RenderableType:
         parts.append(Text.assemble(("next  ", "dim"), (step.command, "bold")))
         parts.append(Padding(Text(step.gives, style="dim"), (0, 0, 0, 6)))
     return Group(*parts)
+
+
+def render_benchmarks(path: Path) -> RenderableType:
+    """All numbers of an `eval.json` whose run directory may hold nothing else.
+
+    Raises:
+        UserError: The file is malformed.
+    """
+    records = load_evaluations(Source(path, f"circuitune evaluate {path.parent}"))
+    own = measurements([record for record in records if not (record.kind or record.reason)])
+    parts: list[RenderableType] = [_FittedTable(own), Text()] if own else []
+    found = benchmarks(records)
+    return Group(*parts, *(_benchmarks(found) if found else ()))
+
+
+def _benchmarks(found: Benchmarks) -> list[RenderableType]:
+    """Scores, differences, and what could not be asked."""
+    tables = [table for table in (found.scores, found.differences) if table and table.rows]
+    parts: list[RenderableType] = []
+    for table in tables:
+        parts += [_FittedTable(table), Text()]
+    return parts + [Text(line, style="dim") for line in found.missing]
 
 
 def _enough(found: Enough) -> list[RenderableType]:

@@ -33,7 +33,7 @@ app = typer.Typer(
 DEFAULT_STAGES = ("pairs", "locate", "validate", "explain", "tune", "evaluate")
 
 # Commands, and their stages, on which several processes work together (`circuitune.ranks`).
-SHARED = ("locate", "validate")
+SHARED = ("locate", "validate", "tune")
 
 SELFTEST = "circuitune.selftest"
 
@@ -236,7 +236,8 @@ def tune_command(
         runs.require_inputs(run, runs.STAGES["tune"])
         model = _open(run)()
         for line in importlib.import_module("circuitune.tune").outlook(model, options, run):
-            Console().print(line, markup=False, highlight=False, soft_wrap=True)
+            if ranks.rank() == 0:
+                Console().print(line, markup=False, highlight=False, soft_wrap=True)
         return
     run_stage("tune", run, options, _open(run))
 
@@ -385,7 +386,7 @@ def _check_processes(words: list[str]) -> None:
     alone = words and not words[0].startswith("-") and words[0] not in SHARED
     if alone and ranks.world() > 1:
         raise UserError(
-            f"Only {' and '.join(SHARED)} work in several processes, {ranks.world()} were started "
+            f"Only {', '.join(SHARED)} work in several processes, {ranks.world()} were started "
             f"for `circuitune {words[0]}`; start it without a launcher."
         )
 

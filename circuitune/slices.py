@@ -385,8 +385,11 @@ def deltas_of(model: Model, views: Mapping[Slice, Tensor]) -> dict[Slice, Tensor
         views: what `attached` gave.
     """
     deltas = {}
+    # A parameter's storage may have been exchanged since, as by data-parallel training.
+    projections = [m for m in model.hf.modules() if isinstance(m, SlicedProjection)]
+    now = {part: view for m in projections for s in m.strips for part, view in s.views().items()}
     for part, view in views.items():
-        value = view.detach()
+        value = now.get(part, view).detach()
         if part.axis == "all":
             value = value - _base(model, part)
         deltas[part] = value.to(torch.float32, copy=True)

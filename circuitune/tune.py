@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitune import methods
+from circuitune import methods, ranks
 from circuitune.answering import exact_match
 from circuitune.config import TuneConfig
 from circuitune.deltas import COMPONENTS, load_delta, save_tensors
@@ -82,6 +82,8 @@ def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
     """The stage: train every method on the same data; writes ``tuned/`` and ``tune.json``.
 
     The first method's delta lies in ``tuned/``, the others in folders of their names below it.
+    Several processes share each batch; what they must agree on is decided by the first one, which
+    alone writes.
 
     Raises:
         UserError: the weights cannot be tuned, an option or the data are unusable, the loss became
@@ -90,16 +92,19 @@ def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
     _check(model, config)
     lessons = lessons_for(model, PairSet.load(run), config)
     trained = in_precision(model, training_precision(model, config.precision))
-    heads = pick_heads(trained, run, config.heads, rule=config.pick, examples=lessons.examples)
+    heads = ranks.first(
+        lambda: pick_heads(trained, run, config.heads, rule=config.pick, examples=lessons.examples)
+    )
     mlps = pick_mlps(run, config.mlps)
     kept = lasting(run, STAGES["tune"], config)
-    lessons = replace(lessons, rows=anchor_rows(trained, config, kept / "anchor.json"))
+    rows = ranks.first(lambda: anchor_rows(trained, config, kept / "anchor.json"))
+    lessons = replace(lessons, rows=rows)
     variants: dict[str, Any] = {}
     for place, name in enumerate(config.methods):
         rng = np.random.default_rng(config.seed)
         method = methods.build(name, model, heads, mlps, config.form, rng)
         folder = kept / name
-        if not (folder / COMPONENTS).is_file():
+        if not ranks.first((folder / COMPONENTS).is_file):
             folder.mkdir(exist_ok=True)
             save_variant(model, trained, method, lessons, config, folder)
         variants[name] = load_delta(folder).facts
@@ -300,7 +305,8 @@ def save_variant(
     facts = describe(model, method, outcome, config)
     facts["parameters"] = count = sum(value.numel() for value in tensors.values())
     facts["share"] = count / model.parameters
-    save_tensors(folder, model, tensors, facts | {"lr": loop.learning_rate, "data": lessons.facts})
+    facts |= {"lr": loop.learning_rate, "data": lessons.facts}
+    ranks.first(lambda: save_tensors(folder, model, tensors, facts))
 
 
 def loop_config(config: TuneConfig, method: str) -> LoopConfig:

@@ -62,3 +62,45 @@ def test_the_findings_on_products_are_those_measured() -> None:
     assert "{accuracy:.0%} [{low:.0%}, {high:.0%}]".format(**left).replace("%", "") in page.replace(
         "%", ""
     ).replace("  ", " ")
+
+
+# -------------------------------------------------------------------------------------- tuning
+
+TUNING = ROOT / "studies" / "tuning"
+
+
+def tuning_tables() -> ModuleType:
+    """The tables of the tuning grid."""
+    spec = importlib.util.spec_from_file_location("tuning_tables", TUNING / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_the_tuning_grid_is_that_of_its_results() -> None:
+    page = (ROOT / "docs" / "findings-tuning.md").read_text(encoding="utf-8")
+    assert page == tuning_tables().page()
+    assert len(list((TUNING / "results").glob("*.json"))) > 10
+
+
+def test_cells_of_a_seed_answer_the_same_problems_and_read_the_same_text() -> None:
+    seen: dict[str, tuple[str, list[str]]] = {}
+    for path in sorted((TUNING / "results").glob("*.json")):
+        cell, seed = json.loads(path.read_text(encoding="utf-8")), path.stem.rpartition("-")[2]
+        own = (cell["text"], cell["groups"])
+        assert seen.setdefault(seed, own) == own, path.name
+        for variant in cell["variants"].values():
+            assert len(variant["hits"]) == len(cell["groups"])
+            assert len(variant["drift"]) == 200
+
+
+def test_what_the_findings_say_of_the_circuit_is_what_was_measured() -> None:
+    tables = tuning_tables()
+    found = tables.cells("circuit 5")
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    gaps = [tables.difference(cell, "random", tables.hits) for cell in found.values()]
+    for line in tables.pairs(["circuit 5"])[2:]:
+        points, drift = (cell.split("; ") for cell in line.strip("| ").split(" | ")[5::3])
+        assert all(text in page for text in (*points, *drift))
+    assert min(gaps) > 0
+    assert tables.over_seeds(gaps).low > 0

@@ -56,10 +56,9 @@ GRID: dict[str, dict[str, Options]] = {
         for rate in rates
     },
     "main": {"main": {"methods": ("precise", "random", "lora_heads", "lora", "full")}},
-    "rules": {
-        f"{rule} 5": PAIR | {"pick": rule} for rule in ("gradient", "cost", "circuit", "upstream")
-    },
-    "counts": {f"direct {n}": PAIR | {"heads": n} for n in (8, 13, 4, 32)},
+    "circuit": {"circuit 5": PAIR | {"pick": "circuit"}},
+    "rules": {f"{rule} 5": PAIR | {"pick": rule} for rule in ("gradient", "cost", "upstream")},
+    "counts": {f"direct {n}": PAIR | {"heads": n} for n in (5, 8, 13, 4, 32)},
     "mlps": {"direct 5 and 2 MLPs": PAIR | {"mlps": 2}},
 }
 

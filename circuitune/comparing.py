@@ -66,10 +66,15 @@ class Scores:
 
     @property
     def scaled(self) -> Float[np.ndarray, " example"]:
-        """Values whose plain mean is the weighted mean."""
+        """Values whose plain mean is the weighted mean, and varies as that does.
+
+        Deviations from the mean are weighted, not the values: a long text in a resample makes the
+        mean no larger (the linearised ratio, Cochran 1977, chapter 6).
+        """
         if self.weights is None:
             return self.values
-        return self.values * self.weights * (len(self.weights) / self.weights.sum())
+        mean = float(np.average(self.values, weights=self.weights))
+        return mean + (self.values - mean) * self.weights / self.weights.mean()
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ def _beside(
     if config.suite:
         questions = Questions(
             named_tasks(config.suite),
-            Path(config.data_dir) if config.data_dir else None,
+            None if config.data_dir in (None, "hub") else Path(config.data_dir),
             limit=config.limit,
             shots=None if config.shots < 0 else config.shots,
             chat=config.chat,

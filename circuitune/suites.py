@@ -238,6 +238,7 @@ def sample_frame(
                         "output": output if isinstance(output, str) else "",
                     }
                 )
+    rows.sort(key=lambda row: file.metrics.index(row["metric"]))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

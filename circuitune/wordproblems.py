@@ -98,14 +98,14 @@ def shared(train: Sequence[WordProblem], test: Sequence[WordProblem]) -> list[Ov
     return overlap([item.question for item in train], [item.question for item in test])
 
 
-def plain_number(text: str | float) -> str:
+def plain_number(text: str) -> str:
     """A number without what does not change it: ``43`` for ``43.0`` and ``1,000``.
 
     Raises:
         ValueError: it is no finite number.
     """
     try:
-        value = Decimal(str(text).strip().replace(",", ""))
+        value = Decimal(text.strip().replace(",", ""))
     except InvalidOperation as error:
         raise ValueError(f"not a number: {text!r}") from error
     if not value.is_finite():

@@ -70,6 +70,8 @@ def test_weights_give_the_weighted_mean() -> None:
     values, weights = np.array([1.0, 2.0, 4.0]), np.array([1.0, 1.0, 2.0])
     one = scores(values, weights=weights)
     assert score([one]).estimate == pytest.approx(2.75)
+    even = score([scores(np.full(6, 3.0), weights=np.array([1.0, 2, 3, 4, 50, 6]))])
+    assert (even.low, even.high) == pytest.approx((3.0, 3.0))  # whatever the lengths
     base = scores(np.zeros(3), "b", weights=weights)
     assert compare([one], [base], rng=rng()).difference.estimate == pytest.approx(2.75)
 
@@ -144,15 +146,18 @@ def simulated(
     return np.where(base, ~down, up).astype(float), base.astype(float)
 
 
-@pytest.mark.parametrize("spread", [0.0, 3.0])
-@pytest.mark.parametrize(("questions", "seeds"), [(50, 1), (300, 1), (50, 3), (400, 3), (200, 5)])
+CELLS = [(50, 1, 0.0), (150, 1, 0.0)]
+CELLS += [(n, k, s) for n, k in ((50, 3), (400, 3), (200, 5)) for s in (0.0, 3.0)]
+
+
+@pytest.mark.parametrize(("questions", "seeds", "spread"), CELLS)
 def test_intervals_cover_and_are_not_vacuous(questions: int, seeds: int, spread: float) -> None:
     """One seed is asked about this trained model, several about the recipe."""
     chance = np.random.default_rng([questions, seeds, int(spread)])
     covered, widths = 0, []
-    runs = 400
+    runs = 200 if seeds == 1 else 400
     for _ in range(runs):
-        rows, base = simulated(chance, questions, seeds, 0.0 if seeds == 1 else spread)
+        rows, base = simulated(chance, questions, seeds, spread)
         a = [scores(row, seed=seed) for seed, row in enumerate(rows)]
         found = compare(a, [scores(base, "b")], rng=chance).difference
         covered += found.low <= 0.05 <= found.high
@@ -167,13 +172,13 @@ def test_p_values_err_no_more_than_they_say() -> None:
     chance = np.random.default_rng(5)
     for seeds in (1, 3):
         wrong = 0
-        for _ in range(400):
+        for _ in range(300):
             shift = chance.normal(0, 0.03, size=(seeds, 1)) if seeds > 1 else 0.0
             rows = (chance.random((seeds, 80)) < 0.5 + shift).astype(float)
             base = (chance.random(80) < 0.5).astype(float)
             a = [scores(row, seed=seed) for seed, row in enumerate(rows)]
             wrong += compare(a, [scores(base, "b")], rng=chance).p < 0.05
-        assert wrong / 400 < 0.075
+        assert wrong / 300 < 0.08
 
 
 # ------------------------------------------------------------------------------- over the tasks
@@ -215,12 +220,12 @@ def test_advice_holds_in_simulation() -> None:
     size = questions_needed(0.1, margin=0.05)
     chance = np.random.default_rng(3)
     shown = 0
-    for _ in range(300):
+    for _ in range(120):
         moves = chance.random(size)
         a, b = (moves < 0.05).astype(float), (moves > 0.95).astype(float)
         found = compare([scores(a)], [scores(b, "b")], rng=chance, margin=0.05)
         shown += bool(found.non_inferior)
-    assert 0.72 <= shown / 300 <= 0.88
+    assert 0.7 <= shown / 120 <= 0.9
 
 
 # ------------------------------------------------------------------------------------ bad input

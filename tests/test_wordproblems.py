@@ -16,6 +16,7 @@ from circuitune.wordproblems import (
     PARTS,
     SETS,
     SPLIT,
+    Part,
     WordProblem,
     part_of,
     plain_number,
@@ -23,8 +24,7 @@ from circuitune.wordproblems import (
     word_problems,
 )
 
-OWN_PARTS = ("gsm8k",)
-WITHOUT = tuple(name for name in SETS if name not in OWN_PARTS)
+WITHOUT = ("addsub", "singleeq", "svamp")  # sets without parts of their own
 # Some problems of one set stand in another, with other words, spaces and spellings of numbers.
 ADDSUB = [
     ("Joan found 70 shells . She gave away 27 . How many ? ", "X = 70 - 27", "43"),
@@ -81,31 +81,40 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def held(name: str, part: Part, folder: Path | None) -> list[WordProblem]:
+    """One part of a small set, which may be empty."""
+    try:
+        return word_problems(name, folder, part)
+    except UserError as error:
+        if "is empty" not in str(error):
+            raise
+        return []
+
+
 def both(name: str, folder: Path | None) -> list[WordProblem]:
-    """Both parts of a set."""
-    found = [problem for part in PARTS for problem in word_problems(name, folder, part)]
+    """A set in its order."""
+    found = [problem for part in PARTS for problem in held(name, part, folder)]
     return sorted(found, key=lambda problem: int(problem.id.rpartition("/")[2]))
 
 
 # ------------------------------------------------------------------------------------------ parts
 
 
-def test_the_same_numbers_lie_in_the_same_part(folder: Path) -> None:
+def test_the_same_numbers_lie_in_the_same_part() -> None:
     rng = random.Random(0)
     for _ in range(50):
         a, b, c = rng.sample(range(100), 3)
         texts = {f"{a} pens, {b} and {c}.", f"Of {c}.0 and {c} : {a} plus 0{b} ?"}
         assert len({part_of(text) for text in texts}) == 1
     assert part_of("Two dogs ate 1,500 of them.") == part_of("2 dogs of 1500 and two .")
-    every = {(p.question, part) for s in WITHOUT for part in PARTS for p in both(s, folder)[:0]}
-    assert not every
 
 
 def test_parts_never_change_within_a_version() -> None:
     """Other parts need another `SPLIT`: scores on them do not compare."""
     assert SPLIT == 1
-    texts = ["70 and 27", "2 and 9.5 and 4.25", "No number at all", "eight", "6 42", "5 9"]
-    assert [part_of(text) for text in texts] == PINNED
+    texts = ["70 and 27", "2, 9.5 and 4.25", "No number", "eight", "6 or 7", "11", "1,000"]
+    parts = ["test", "test", "train", "train", "test", "test", "train"]
+    assert [part_of(text) for text in texts] == parts
 
 
 def test_parts_are_halves() -> None:
@@ -114,26 +123,14 @@ def test_parts_are_halves() -> None:
 
 
 def test_no_test_problem_of_one_set_is_a_training_problem_of_another(folder: Path) -> None:
-    problems = {(name, part): word_problems(name, folder, part) for name, part in parted(folder)}
-    for (_, one), train in problems.items():
-        for (_, other), test in problems.items():
-            assert one == other or not shared(train, test)
-    joan = [p for found in problems.values() for p in found if "Joan" in p.question]
-    assert len(joan) == 3
-    assert len({part_of(p.question) for p in joan}) == 1
-
-
-def parted(folder: Path) -> list[tuple[str, str]]:
-    """Sets and parts that hold a problem."""
-    found = []
-    for name in WITHOUT:
-        for part in PARTS:
-            try:
-                word_problems(name, folder, part)
-            except UserError:
-                continue
-            found.append((name, part))
-    return found
+    train, test = ([p for name in WITHOUT for p in held(name, part, folder)] for part in PARTS)
+    assert train
+    assert test
+    assert shared(train, test) == []
+    for other in ("Joan found", "Kevin bought"):
+        twins = [problem for problem in (*train, *test) if other in problem.question]
+        assert len({problem.id.partition("/")[0] for problem in twins}) > 1
+        assert len({part_of(problem.question) for problem in twins}) == 1
 
 
 def test_shared_problems_are_found() -> None:
@@ -181,9 +178,9 @@ def test_svamp_joins_body_and_question(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("written", "plain"),
-    [("43.0", "43"), (43, "43"), ("1,000", "1000"), (0.75, "0.75"), (" -2.50 ", "-2.5")],
+    [("43.0", "43"), ("100", "100"), ("1,000", "1000"), ("0.75", "0.75"), (" -2.50 ", "-2.5")],
 )
-def test_numbers_are_written_plainly(written: str | float, plain: str) -> None:
+def test_numbers_are_written_plainly(written: str, plain: str) -> None:
     assert plain_number(written) == plain
 
 

@@ -32,8 +32,10 @@ app = typer.Typer(
 # Stages of `circuitune run`; transfer takes its time and is asked for by itself.
 DEFAULT_STAGES = ("pairs", "locate", "validate", "explain", "tune", "evaluate")
 
-# Commands, and their stages, on which several processes work together (`circuitune.ranks`).
+# Stages on which several processes work together (`circuitune.ranks`); the first one does others.
 SHARED = ("locate", "validate", "tune")
+# Commands that a launcher may start.
+LAUNCHED = (*SHARED, "run")
 
 SELFTEST = "circuitune.selftest"
 
@@ -172,7 +174,7 @@ def run_all(
     with _create(model, out, load) as loaded:
         for name, option in zip(DEFAULT_STAGES, options, strict=True):
             run_stage(name, out, option, loaded)
-    report(out)
+    ranks.first(lambda: report(out))
 
 
 @app.command("locate")
@@ -383,10 +385,10 @@ def main() -> None:
 
 def _check_processes(words: list[str]) -> None:
     """Refuse several processes where the command, the first word, cannot use them."""
-    alone = words and not words[0].startswith("-") and words[0] not in SHARED
+    alone = words and not words[0].startswith("-") and words[0] not in LAUNCHED
     if alone and ranks.world() > 1:
         raise UserError(
-            f"Only {', '.join(SHARED)} work in several processes, {ranks.world()} were started "
+            f"Only {', '.join(LAUNCHED)} work in several processes, {ranks.world()} were started "
             f"for `circuitune {words[0]}`; start it without a launcher."
         )
 

@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 from circuitune.errors import UserError
 
 MEETING = timedelta(minutes=5)  # for all processes to start
-# For one process to wait for another. A process that ends is noticed at once, whatever this is.
-STEP = timedelta(hours=2)
+# For one process to wait for another, as through a stage that the first one does alone. A process
+# that ends is noticed at once, whatever this is.
+STEP = timedelta(days=1)
 # Bad input fails everywhere; the first process tells it, and the others give it this long.
 TELLING = timedelta(seconds=10)
 TOLD = "circuitune/told"  # note of the first process in the store of the launch
@@ -111,7 +112,7 @@ def first(function: Callable[[], Item]) -> Item:
     if world() == 1:
         return function()
     box = [function() if rank() == 0 else None]
-    with _in_step():
+    with in_step():
         _group().broadcast_object_list(box, src=0)
     return box[0]
 
@@ -119,20 +120,28 @@ def first(function: Callable[[], Item]) -> Item:
 def _exchange(value: Any) -> list[Any]:
     """The value of every process, in the order of their ranks."""
     parts = [None] * world()
-    with _in_step():
+    with in_step():
         _group().all_gather_object(parts, value)
     return parts
 
 
 @contextmanager
-def _in_step() -> Iterator[None]:
-    """Say what it means that the others cannot be reached."""
+def in_step() -> Iterator[None]:
+    """Work that exchanges data with the others: say what it means that they cannot be reached.
+
+    Raises:
+        UserError: they cannot.
+    """
     try:
         yield
     except RuntimeError as error:
+        # torch has a class only for some of these errors, DistBackendError and the like.
+        if not (type(error).__name__.startswith("Dist") or "gloo" in str(error)):
+            raise
         raise UserError(
             f"All {world()} processes must work in step, another one has ended or did not answer "
-            f"for {STEP}; see what it said, or start fewer processes if memory ran out."
+            f"for {STEP // timedelta(hours=1)} hours; see what it said, or start fewer processes "
+            "if memory ran out."
         ) from error
 
 

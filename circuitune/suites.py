@@ -23,7 +23,7 @@ from circuitune.comparing import Scores, compare, family, mean_over_tasks, score
 from circuitune.errors import UserError
 from circuitune.models import Model
 from circuitune.stats import Interval
-from circuitune.taskfiles import TaskFile, write_task
+from circuitune.taskfiles import TASKS, TaskFile, write_task
 
 WORD_PROBLEMS = ("addsub", "singleeq", "svamp", "gsm8k")
 RETENTION = ("commonsense_qa", "mmlu", "bbh", "wikitext")
@@ -88,11 +88,10 @@ def named_tasks(suite: str) -> tuple[str, ...]:
     """
     if suite in SUITES:
         return SUITES[suite]
-    known = dict.fromkeys(name for tasks in SUITES.values() for name in tasks)
     names = tuple(dict.fromkeys(part.strip() for part in suite.split(",")))
-    if not set(names) <= set(known):
+    if not set(names) <= set(TASKS):
         raise UserError(
-            f"--suite must be {', '.join(SUITES)} or some of {', '.join(known)}, found {suite!r}; "
+            f"--suite must be {', '.join(SUITES)} or some of {', '.join(TASKS)}, found {suite!r}; "
             "use one of them."
         )
     return names

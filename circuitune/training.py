@@ -20,6 +20,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -357,10 +358,8 @@ def train(
         data_collator=collate,
         callbacks=[journal, *decay, watch],
     )
-    try:
+    with ranks.in_step(), closing(journal):
         trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
-    finally:
-        journal.close()
     steps = trainer.state.global_step
     return Outcome(
         losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],

@@ -9,13 +9,17 @@ import copy
 import json
 import os
 import shutil
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from circuitune import methods, ranks
 from circuitune.answering import exact_match
@@ -26,6 +30,7 @@ from circuitune.examples import (
     Example,
     arithmetic_example,
     digest,
+    overlap,
     preview,
     text_examples,
     to_examples,
@@ -37,7 +42,7 @@ from circuitune.pairs import PairSet, Writing
 from circuitune.picking import pick_heads, pick_mlps
 from circuitune.plan import Workload, plan
 from circuitune.prefix import TEXT_TOKENS, own_text, text_rows, training_text
-from circuitune.problems import Problem
+from circuitune.problems import Problem, completion
 from circuitune.retention import base_text, drift_now
 from circuitune.runs import STAGES, lasting, write_json
 from circuitune.slices import Form, collateral, head_gains
@@ -91,12 +96,14 @@ def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
     """
     _check(model, config)
     lessons = lessons_for(model, PairSet.load(run), config)
+    if config.data and ranks.rank() == 0:
+        tqdm.write(lessons.facts["said"], file=sys.stderr)
     trained = in_precision(model, training_precision(model, config.precision))
     heads = ranks.first(
         lambda: pick_heads(trained, run, config.heads, rule=config.pick, examples=lessons.examples)
     )
     mlps = pick_mlps(run, config.mlps)
-    kept = lasting(run, STAGES["tune"], config)
+    kept = ranks.first(lambda: lasting(run, STAGES["tune"], config))
     rows = ranks.first(lambda: anchor_rows(trained, config, kept / "anchor.json"))
     lessons = replace(lessons, rows=rows)
     variants: dict[str, Any] = {}
@@ -107,8 +114,9 @@ def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
         if not ranks.first((folder / COMPONENTS).is_file):
             folder.mkdir(exist_ok=True)
             save_variant(model, trained, method, lessons, config, folder)
-        variants[name] = load_delta(folder).facts
-        _collect(folder, work / "tuned" / name if place else work / "tuned")
+        target = work / "tuned" / name if place else work / "tuned"
+        # Read by the first process alone: when it is done with the last one, the folder goes.
+        variants[name] = ranks.first(partial(_collect, folder, target))
     content = {
         "variants": variants,
         "rule": f"Heads: {config.pick}, see `circuitune.picking`.",
@@ -118,8 +126,9 @@ def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
     write_json(work / "tune.json", content)
 
 
-def _collect(folder: Path, target: Path) -> None:
-    """Take over what a variant leaves: its delta, its record and its logs, no checkpoints."""
+def _collect(folder: Path, target: Path) -> dict[str, Any]:
+    """Take over what a variant leaves: its delta, record and logs, no checkpoints; its facts."""
+    facts = load_delta(folder).facts
     target.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith("."):
@@ -129,6 +138,7 @@ def _collect(folder: Path, target: Path) -> None:
                 shutil.copy2(path, target / path.name)
     if (folder / "tensorboard").is_dir():
         shutil.copytree(folder / "tensorboard", target / "tensorboard", dirs_exist_ok=True)
+    return facts
 
 
 def _check(model: Model, config: TuneConfig) -> None:
@@ -180,9 +190,10 @@ def lessons_for(model: Model, pair_set: PairSet, config: TuneConfig) -> Lessons:
     if config.data:
         texts = read_training_data(config.data, seed=config.seed)
         encoded = to_examples(model.tokenizer, texts, max_tokens=config.max_tokens)
-        said = f"{texts.announcement} {encoded.summary}"
+        known, warning = contamination(texts.questions, drawn.test, writing)
+        said = f"{texts.announcement} {encoded.summary} {warning}"
         examples = list(encoded.examples)
-        facts = {"source": config.data, "said": said} | encoded.facts
+        facts = {"source": config.data, "said": said, "overlap": known} | encoded.facts
     else:
         examples = [arithmetic_example(model.tokenizer, p, writing) for p in drawn.train]
         facts = {"source": "generated arithmetic", "said": "Generated arithmetic."}
@@ -194,6 +205,50 @@ def lessons_for(model: Model, pair_set: PairSet, config: TuneConfig) -> Lessons:
     return Lessons(
         examples, drawn.watch, writing, facts | {"texts": len(examples), "digest": digest(examples)}
     )
+
+
+def contamination(
+    questions: Sequence[str], held_out: Sequence[Problem], writing: Writing
+) -> tuple[dict[str, int], str]:
+    """How many training texts are problems that evaluation asks, and one sentence about it.
+
+    A problem may stand there as an expression, with the equals sign, as it is asked, or with its
+    answer; see `circuitune.examples.overlap` for what is the same. In other words it is not found.
+
+    Args:
+        questions: the problem of each training text.
+        held_out: all problems that `circuitune evaluate` may ask.
+        writing: how it asks them.
+
+    Returns:
+        ``exact``, ``normalised`` and ``contained``, training texts that are such problems, each
+        counted once; ``problems``, how many of them they are; ``held_out``, how many there are.
+    """
+    spelled = [(str(item), text) for item in held_out for text in _spellings(item, writing)]
+    found = overlap(questions, [text for _, text in spelled])
+    kinds: dict[int, str] = {}
+    for kind in ("contained", "normalised", "exact"):  # the last one stays
+        kinds |= {item.train: kind for item in found if item.kind == kind}
+    counts = {
+        kind: list(kinds.values()).count(kind) for kind in ("exact", "normalised", "contained")
+    }
+    problems, asked = {spelled[item.test][0] for item in found}, len(set(map(str, held_out)))
+    facts = counts | {"problems": len(problems), "held_out": asked}
+    if not found:
+        return facts, f"None of the {asked} problems that evaluation may ask is among them."
+    told = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
+    return facts, (
+        f"{len(kinds)} training texts ({told}) are {len(problems)} of the {asked} problems that "
+        "evaluation may ask: leave them out, or do not trust its gain on arithmetic."
+    )
+
+
+def _spellings(problem: Problem, writing: Writing) -> list[str]:
+    """The ways in which an arithmetic problem may stand in a file."""
+    prompt, answer = completion(problem)
+    bare = {str(problem), prompt.rstrip(" =")}  # a product has two signs
+    spelled = [f"{text}{end}" for text in sorted(bare) for end in ("", " =", f" = {answer}")]
+    return [*spelled, writing.write(prompt, answer)[0].strip()]
 
 
 def anchor_rows(model: Model, config: TuneConfig, path: Path) -> list[list[int]]:

@@ -3,20 +3,24 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from circuitune import cli
+from circuitune import cli, training, tune
 from circuitune.deltas import load_delta
 from tests.test_ranks import ROOT
 
 OPTIONS = ["--heads", "2", "--steps", "4", "--batch-size", "4", "--precision", "float32"]
 OPTIONS += ["--save-every", "2", "--evaluate-every", "2", "--learning-rate", "0.01"]
 LAUNCHERS = {
+    "none": [],
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
     "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"],
 }
@@ -32,49 +36,42 @@ def located(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         for b in range(1, 5)
     ]
     (top / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    words = ["locate", str(tiny_folder), "--out", str(top / "run"), "--no-graph", "--most", "3"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["circuitune", *words, "--pairs", str(top / "pairs.jsonl")])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    assert not ended.value.code
+    words = ["locate", tiny_folder, "--out", top / "run", "--pairs", top / "pairs.jsonl"]
+    more = ["--no-graph", "--most", "3"]
+    cli.app([str(word) for word in [*words, *more]], standalone_mode=False)
     return top / "run"
 
 
-def tune(run: Path, launcher: list[str], *more: str) -> subprocess.CompletedProcess[str]:
-    """`circuitune tune` as a user starts it."""
-    end = [] if launcher else ["-m", "circuitune"]
-    module = ["--module", "circuitune"] if "accelerate" in "".join(launcher) else []
-    module = ["-m", "circuitune"] if launcher and not module else module
+def launch(launcher: str, *words: object, script: str = "circuitune") -> Any:
+    """The command line in two processes, or in one, as users start it; ends within a minute."""
     return subprocess.run(
-        [sys.executable, *launcher, *module, *end, "tune", str(run), *OPTIONS, *more],
+        [sys.executable, *LAUNCHERS[launcher], *map(str, ["-m", script, *words])],
         capture_output=True,
         text=True,
         cwd=ROOT.parent,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=60,
         check=False,
     )
 
 
+@pytest.fixture
+def run(located: Path, tmp_path: Path) -> Path:
+    """A copy of the run, for one test."""
+    return Path(shutil.copytree(located, tmp_path / "run"))
+
+
 @pytest.fixture(scope="module")
 def alone(located: Path) -> Path:
-    run = located.with_name("alone")
-    shutil.copytree(located, run)
-    done = tune(run, [])
+    """The run as one process tunes it."""
+    run = Path(shutil.copytree(located, located.with_name("alone")))
+    done = launch("none", "tune", run, *OPTIONS)
     assert done.returncode == 0, done.stderr
     return run
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_tune_what_one_does(
-    located: Path, alone: Path, tmp_path: Path, launcher: str
-) -> None:
-    """Both variants, with the same loss at every step; and nothing else is left behind."""
-    run = tmp_path / "run"
-    shutil.copytree(located, run)
-    done = tune(run, LAUNCHERS[launcher])
-    assert done.returncode == 0, done.stderr
+def check_same(run: Path, alone: Path) -> None:
+    """Both variants and their losses; and nothing else is left behind."""
     for folder in (Path("tuned"), Path("tuned/random")):
         one, two = load_delta(alone / folder), load_delta(run / folder)
         assert one.tensors.keys() == two.tensors.keys()
@@ -87,14 +84,93 @@ def test_two_processes_tune_what_one_does(
         ]
         assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in alone.iterdir())
-    again = tune(run, LAUNCHERS[launcher])
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["stages"]["tune"]["processes"] == 2
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_processes_tune_what_one_does(run: Path, alone: Path, launcher: str) -> None:
+    done = launch(launcher, "tune", run, *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    check_same(run, alone)
+    again = launch(launcher, "tune", run, *OPTIONS)
     assert "tune: done before, nothing changed" in again.stderr
 
 
-def test_bad_input_ends_all_processes_with_one_sentence(located: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(located, run)
-    done = tune(run, LAUNCHERS["torchrun"], "--batch-size", "3")
+def test_a_killed_stage_goes_on_also_where_one_process_is_late(run: Path, alone: Path) -> None:
+    """The first process must leave nothing to the other that it removes at the end."""
+    done = launch("torchrun", "killed", "tune", run, *OPTIONS, script=__name__)
     assert done.returncode != 0
-    assert done.stderr.count("circuitune: A batch must fall into equal pieces") == 1
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("circuitune: "))
+    assert "All 2 processes must work in step" in line
     assert not (run / "tune.json").exists()
+    (made,) = run.glob(".tune-parts-*/precise/checkpoint-*")
+    assert made.name == "checkpoint-2"
+    done = launch("torchrun", "late", "tune", run, *OPTIONS, script=__name__)
+    assert done.returncode == 0, done.stderr
+    check_same(run, alone)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--batch-size", "3"], "A batch must fall into equal pieces"),  # all processes find it
+        (["--heads", "99"], "--heads must be at most"),  # the first one alone
+    ],
+)
+def test_bad_input_ends_all_processes_with_one_sentence(
+    run: Path, words: list[str], says: str
+) -> None:
+    before = sorted(path.name for path in run.iterdir())
+    done = launch("torchrun", "tune", run, *OPTIONS, *words)
+    assert done.returncode != 0
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("circuitune: "))
+    assert says in line
+    assert "exitcode  : 2" in done.stderr
+    left = {path.name for path in run.iterdir() if not path.name.startswith(".tune-parts-")}
+    assert sorted(left) == before
+
+
+def test_run_in_two_processes(tiny_folder: Path, located: Path, tmp_path: Path) -> None:
+    """Stages that cannot share their work are done by the first process while the other waits."""
+    words = ["--no-graph", "--most", 3, "--sizes", 1, "--controls", 2, "--problems", 8]
+    pairs = ["--pairs", located.with_name("pairs.jsonl")]
+    run = tmp_path / "run"
+    done = launch("torchrun", "run", tiny_folder, "--out", run, *words, *pairs, *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    stages = json.loads((run / "manifest.json").read_text())["stages"]
+    assert [(name, stage["processes"]) for name, stage in stages.items()] == [
+        ("pairs", 1),
+        ("locate", 2),
+        ("validate", 2),
+        ("explain", 1),
+        ("tune", 2),
+        ("evaluate", 1),
+    ]
+    assert (run / "report.html").is_file()
+    assert done.stdout.count(str(run / "report.html")) == 1
+
+
+def misbehave(how: str) -> None:
+    """The command line, but the second process ends in the third step, or comes too late."""
+    second = os.environ["RANK"] == "1"
+    log, save = training._Journal.on_log, tune.save_variant
+
+    def killed(self: Any, args: Any, state: Any, *rest: Any, **named: Any) -> None:
+        if second and state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        log(self, args, state, *rest, **named)
+
+    def late(*given: Any) -> None:
+        save(*given)
+        time.sleep(2 * second)
+
+    if how == "killed":
+        training._Journal.on_log = killed
+    else:
+        tune.save_variant = late
+    cli.main()
+
+
+if __name__ == "__main__":
+    misbehave(sys.argv.pop(1))

@@ -75,6 +75,7 @@ def test_every_file_is_there_and_readable(finished: Path) -> None:
         "tuned",
         "tune.json",
         "eval.json",
+        "samples.parquet",
         "report.html",
     }
     effects = pd.read_parquet(finished / "effects.parquet")

@@ -183,7 +183,7 @@ def test_promised_processes_must_be_there(
     assert "unset WORLD_SIZE to work in one process." in line
 
 
-@pytest.mark.parametrize("command", ["run", "tune", "evaluate", "report", "check"])
+@pytest.mark.parametrize("command", ["explain", "evaluate", "report", "check"])
 def test_other_commands_are_refused_in_several_processes(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,6 +106,7 @@ def answered(model: Model, data: Path, kept: Path, tasks: tuple[str, ...], **mor
 def test_suites_and_lists_of_tasks_have_names() -> None:
     assert named_tasks("paper")[:4] == ("addsub", "singleeq", "svamp", "gsm8k")
     assert named_tasks("svamp, bbh,svamp") == ("svamp", "bbh")
+    assert named_tasks("bbh_math") == ("bbh_math",)
     with pytest.raises(UserError, match="must be paper, word-problems, retention or some of"):
         named_tasks("addsub,nonsense")
 

@@ -13,11 +13,14 @@ from circuitune import cli, methods, tune
 from circuitune.config import TuneConfig
 from circuitune.deltas import load_delta, merged, tuned_variants
 from circuitune.errors import UserError
+from circuitune.exercises import TEST_RESERVE, held_out_problems
 from circuitune.models import Model, load
-from circuitune.pairs import PairSet
+from circuitune.pairs import PairSet, Writing
 from circuitune.prefix import TEXT_TOKENS
+from circuitune.problems import Operator, Problem
 from circuitune.tune import (
     LEARNING_RATES,
+    contamination,
     in_precision,
     lessons_for,
     loop_config,
@@ -138,7 +141,74 @@ def test_a_file_of_texts_and_replayed_plain_english(
     data = content["data"]
     assert (data["records"], data["replayed"], data["texts"]) == (8, 8, 16)
     assert data["source"] == str(path)
+    assert (data["overlap"]["normalised"], data["overlap"]["problems"]) == (0, 0)
+    assert "None of the 600 problems that evaluation may ask is among them." in data["said"]
     assert content["variants"]["precise"]["loss_first"] > 0
+
+
+WRITING = Writing("Sum: ", spaced_answer=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("12 + 30 =", "exact"),
+        ("12 + 30", "exact"),
+        ("12 + 30 = 42", "exact"),
+        ("Sum: 12 + 30 =", "exact"),
+        ("012+30=", "normalised"),
+        ("SUM 12 + 30 =", "normalised"),
+        ("7 \N{MULTIPLICATION SIGN} 8", "normalised"),
+        ("What is 12 + 30?", None),
+        ("7 x 8 = 56", "exact"),
+        ("7*8=56", "normalised"),
+        ("30 + 12 =", None),
+        ("12 - 30 =", None),
+        ("112 + 30 =", None),
+        ("12 + 30 = 43", None),
+    ],
+)
+def test_training_texts_that_are_held_out_problems(text: str, kind: str | None) -> None:
+    held_out = [Problem(Operator.parse(o), a, b) for o, a, b in [("add", 12, 30), ("mul", 7, 8)]]
+    facts, said = contamination(["How many?", text, "2 + 2 ="], held_out, WRITING)
+    wanted = {"exact": 0, "normalised": 0, "contained": 0, "problems": 0, "held_out": 2}
+    assert facts == wanted | ({kind: 1, "problems": 1} if kind else {})
+    told = f"1 training texts (1 {kind}) are 1 of the 2" if kind else "None of the 2 problems"
+    assert said.startswith(told)
+    assert said.endswith(".")
+
+
+def test_a_training_text_counts_once() -> None:
+    """The same problem in two spellings, and twice in the data."""
+    held_out = [Problem(Operator.parse("add"), 12, 30)] * 2
+    facts, said = contamination(["12 + 30", "12+30=42", "12 + 30"], held_out, WRITING)
+    assert (facts["exact"], facts["normalised"]) == (2, 1)
+    assert (facts["problems"], facts["held_out"]) == (1, 1)
+    assert said.startswith("3 training texts (2 exact, 1 normalised) are 1 of the 1 problems")
+
+
+def test_data_that_evaluation_asks_are_announced(
+    model: Model, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever of its problems the evaluation asks, tuning has told before."""
+    asked = held_out_problems(PairSet.load(run), ("add", "sub", "mul"), digits=2, n=5, seed=0)
+    rows = [{"prompt": f"{p.a}{p.operator.symbol}{p.b}=", "completion": "0"} for p in asked]
+    rows += [{"prompt": "Two and two is ", "completion": "four"}] * 3
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    config = replace(SMALL, data=str(path), methods=("precise",))
+    data = tuned(model, config, run, tmp_path / "work")["data"]
+    assert data["overlap"] == {
+        "exact": 0,
+        "normalised": 5,
+        "contained": 0,
+        "problems": 5,
+        "held_out": TEST_RESERVE,
+    }
+    warning = "5 training texts (5 normalised) are 5 of the 600 problems that evaluation may ask"
+    assert warning in data["said"]
+    assert data["said"] in capsys.readouterr().err
+    assert load_delta(tmp_path / "work/tuned").facts["data"]["overlap"] == data["overlap"]
 
 
 def test_watching_stops_at_the_budget(model: Model, run: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from circuitune import models
 from circuitune.checkpoints import resolve
-from circuitune.deltas import COMPONENTS, DELTA, Delta, tensor_digest
+from circuitune.deltas import COMPONENTS, DELTA, Delta, has_digest
 from circuitune.errors import UserError
 from circuitune.models import Model, renaming, skeleton
 from circuitune.pairs import encode_text, shipped_paragraphs
@@ -33,8 +33,6 @@ from circuitune.tensorfiles import INDEX, TensorFile, files_of
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt")
 TEMPLATES = "additional_chat_templates"
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
-# Types in which a base may have been in memory when its digests were taken, the usual ones first.
-KINDS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Plain text on which models are compared: paragraphs, and tokens of each.
 PARAGRAPHS, TOKENS = 3, 128
 # A model is run if its float32 weights take at most this share of the memory that is free.
@@ -86,7 +84,7 @@ class Base:
                 if name is None:
                     continue
                 found[stored] = name
-                if not _has_digest(file.read(stored), delta.facts["touched"][name]):
+                if not has_digest(file.read(stored), delta.facts["touched"][name]):
                     raise UserError(
                         f"A delta fits only the weights it was trained on, {name} of {self.name} "
                         f"differs from {delta.facts['base']}; name the right model by --base."
@@ -97,11 +95,6 @@ class Base:
                 f"{absent[0]}; name the right model by --base."
             )
         return found
-
-
-def _has_digest(tensor: Tensor, digest: str) -> bool:
-    kinds = dict.fromkeys((tensor.dtype, *KINDS))
-    return any(tensor_digest(tensor.to(kind)) == digest for kind in kinds)
 
 
 def open_base(name: str) -> Base:

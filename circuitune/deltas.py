@@ -36,6 +36,8 @@ from circuitune.slices import Slice, is_transposed
 
 DELTA = "delta.safetensors"
 COMPONENTS = "components.json"
+# Types in which a base may have been in memory when its digests were taken, the usual ones first.
+KINDS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 UNNAMED = "precise"  # the method of a record that names none
 KEY = re.compile(r"(?P<name>[^#]+)#(?:(?P<axis>rows|cols)=(\d+):(\d+)|(?P<whole>all|lora_[AB]))")
 
@@ -44,6 +46,16 @@ def tensor_digest(tensor: Tensor) -> str:
     """Sha256 of a tensor's bytes."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy()).hexdigest()
+
+
+def has_digest(tensor: Tensor, digest: str) -> bool:
+    """Whether a tensor, as it is or cast to another type, has a digest of `tensor_digest`.
+
+    So weights are known again in whatever type they were when the digest was taken, unless they
+    have been rounded since.
+    """
+    kinds = dict.fromkeys((tensor.dtype, *KINDS))
+    return any(tensor_digest(tensor.to(kind)) == digest for kind in kinds)
 
 
 def save_delta(
@@ -76,6 +88,7 @@ def save_tensors(
     content = dict(facts) | {
         "base": model.source,
         "d_head": model.d_head,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "touched": {name: tensor_digest(state[name]) for name in names},
         "transposed": [name for name in names if _is_transposed(model, name)],
     }
@@ -238,16 +251,33 @@ def _check_tensor(key: str, value: Tensor, delta: Delta) -> None:
 def check_base(model: Model, delta: Delta) -> None:
     """Refuse a delta that was trained on other weights.
 
+    The same weights in another type are accepted where that can be seen: rounding weights as they
+    are gives those that the delta was trained on, or they have lost nothing by being rounded.
+
     Raises:
         UserError: a touched tensor is absent or its content differs.
     """
     state = model.hf.state_dict()
     for name, digest in delta.facts["touched"].items():
-        if name not in state or tensor_digest(state[name]) != digest:
+        if name not in state or not has_digest(state[name], digest):
+            where = f"{name} of {model.source}"
+            then, now = delta.facts.get("dtype", ""), str(model.dtype).removeprefix("torch.")
+            if name in state and _is_rounded(then, model.dtype):
+                raise UserError(
+                    f"A delta fits only the weights it was trained on, {where} is rounded to {now} "
+                    f"here and was {then} in {delta.facts['base']}, so that they cannot be "
+                    f"compared; load the model in {then}."
+                )
             raise UserError(
-                f"A delta fits only the weights it was trained on, {name} of {model.source} "
-                f"differs from {delta.facts['base']}; load that model."
+                f"A delta fits only the weights it was trained on, {where} differs from "
+                f"{delta.facts['base']}; load that model."
             )
+
+
+def _is_rounded(then: str, now: torch.dtype) -> bool:
+    """Whether a type does not hold all numbers of another one, given by its name."""
+    known = {str(kind).removeprefix("torch."): kind for kind in KINDS}
+    return then in known and torch.promote_types(known[then], now) != now
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Deltas: the folder is whole or refused, sums are rounded once, every base byte comes back."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -91,6 +92,55 @@ def test_a_delta_of_other_weights_is_refused(tiny: Tiny, tmp_path: Path) -> None
         with pytest.raises(UserError, match="differs from tiny llama; load that model"):
             merged(wrong, delta).__enter__()
         assert same(state(wrong), before)
+
+
+def cast(model: Model, dtype: torch.dtype) -> Model:
+    """A copy of a model in another type."""
+    return replace(model, hf=copy.deepcopy(model.hf).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("stored", "trained", "loaded", "accepted"),
+    [
+        (torch.float32, torch.float32, torch.bfloat16, False),  # it was rounded since
+        (torch.float32, torch.bfloat16, torch.float32, True),
+        (torch.bfloat16, torch.float32, torch.bfloat16, True),  # widened: nothing was lost
+        (torch.bfloat16, torch.bfloat16, torch.float32, True),
+        (torch.float32, torch.float16, torch.bfloat16, False),
+        (torch.float16, torch.float32, torch.float16, True),
+    ],
+)
+def test_a_base_in_another_type(
+    tiny: Tiny,
+    tmp_path: Path,
+    stored: torch.dtype,
+    trained: torch.dtype,
+    loaded: torch.dtype,
+    accepted: bool,
+) -> None:
+    """A delta goes with the same weights, where it can be seen that they are the same."""
+    base = cast(tiny(), stored)
+    first, second = cast(base, trained), cast(base, loaded)
+    deltas = random_deltas(first, head_slices(first, HEADS))
+    save_delta(tmp_path, first, deltas, {})
+    delta = load_delta(tmp_path)
+    before = state(second)
+    if accepted:
+        with merged(second, delta):
+            for part, value in deltas.items():
+                name, place = tensor_name(second, part), part.place(second)
+                wanted = (before[name][place].float() + value).to(loaded)
+                assert torch.equal(state(second)[name][place], wanted)
+    else:
+        names = [str(kind).removeprefix("torch.") for kind in (loaded, trained)]
+        says = f"is rounded to {names[0]} here and was {names[1]} in tiny llama, .* load the model"
+        with pytest.raises(UserError, match=says):
+            merged(second, delta).__enter__()
+    assert same(state(second), before)
+    for other in (trained, torch.float64):
+        wrong = cast(replace(base, hf=tiny_hf("llama", seed=1)), other)
+        with pytest.raises(UserError, match="differs from tiny llama; load that model"):
+            merged(wrong, delta).__enter__()
 
 
 # ---------------------------------------------------------------------------------------- added

@@ -262,7 +262,8 @@ def evaluate_command(
     """Held-out problems, drift on plain text and benchmarks, base against tuned."""
     (options,) = stage_options(values | {"config": config}, "evaluate")
     run = Path(model_or_run)
-    if (run / runs.MANIFEST).is_file():
+    # A folder is a run unless it holds a checkpoint.
+    if (run / runs.MANIFEST).is_file() or (run.is_dir() and not (run / "config.json").is_file()):
         if out is not None:
             raise UserError(
                 f"--out is for a model alone, {run} is a run directory and its results are "

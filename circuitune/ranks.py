@@ -27,6 +27,7 @@ MEETING = timedelta(minutes=5)  # for all processes to start
 STEP = timedelta(days=1)
 # Bad input fails everywhere; the first process tells it, and the others give it this long.
 TELLING = timedelta(seconds=10)
+STOPPED = 128 + signal.SIGTERM  # exit status of a process that was told to end
 TOLD = "circuitune/told"  # note of the first process in the store of the launch
 
 Item = TypeVar("Item")
@@ -184,7 +185,7 @@ def together() -> Iterator[None]:
 def _stop(*_signal: Any) -> None:
     """End on SIGTERM, with which a launcher ends the others, so that nothing is left half-done."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(128 + signal.SIGTERM)
+    sys.exit(STOPPED)
 
 
 def _meet() -> Any:
@@ -226,6 +227,12 @@ def _telling(store: Any) -> Iterator[None]:
             traceback.print_exception(error)
         with suppress(RuntimeError):
             store.set(TOLD, "")
+        if getattr(error, "code", None) == STOPPED:
+            raise UserError(
+                "A launch goes on while all its processes do, this one was told to end (SIGTERM) "
+                "because another one ended or the whole launch was stopped; see what was said "
+                "before, and start the same command again to go on."
+            ) from None
         raise SystemExit(getattr(error, "code", 1)) from None
 
 

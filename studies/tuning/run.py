@@ -58,7 +58,7 @@ GRID: dict[str, dict[str, Options]] = {
     "main": {"main": {"methods": ("precise", "random", "lora_heads", "lora", "full")}},
     "circuit": {"circuit 5": PAIR | {"pick": "circuit"}},
     "rules": {f"{rule} 5": PAIR | {"pick": rule} for rule in ("gradient", "cost", "upstream")},
-    "counts": {f"direct {n}": PAIR | {"heads": n} for n in (5, 8, 13, 4, 32)},
+    "counts": {f"direct {n}": PAIR | {"heads": n} for n in (8, 13, 4, 32)},  # five are in main
     "mlps": {"direct 5 and 2 MLPs": PAIR | {"mlps": 2}},
 }
 

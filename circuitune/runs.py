@@ -249,6 +249,10 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
+# Options that name a file of the user's, at most one a stage.
+FILES = ("pairs", "data", "retention")
+
+
 def digest(path: Path) -> str:
     """Sha256 of a file, or of the names and contents of a folder; empty if absent."""
     if path.is_dir():
@@ -266,7 +270,7 @@ def stage_key(run: Path, stage: Stage, config: Any) -> str:
     """Content hash of everything that a stage's result depends on."""
     manifest = read_manifest(run)
     inputs = {name: digest(run / name) for name in (*stage.inputs, *stage.optional)}
-    extra = getattr(config, "pairs", None) or getattr(config, "retention", None)
+    extra = next(filter(None, (getattr(config, name, None) for name in FILES)), None)
     content = {
         "stage": stage.name,
         "config": asdict(config),

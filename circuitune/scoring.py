@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lm_eval
 import numpy as np
@@ -479,15 +480,17 @@ def ask(
         lm-eval's results; ``samples`` holds every document with what was answered.
     """
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return lm_eval.simple_evaluate(
-        model=lm,
-        tasks=list(tasks),
-        task_manager=manager,
-        samples=None if samples is None else {name: list(own) for name, own in samples.items()},
-        bootstrap_iters=0,
-        log_samples=True,
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
-        cache_requests=False,
-        **SEEDS,
-    )
+    # lm-eval asks for the revision of the current folder; outside a repository git complains.
+    with mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None):
+        return lm_eval.simple_evaluate(
+            model=lm,
+            tasks=list(tasks),
+            task_manager=manager,
+            samples=None if samples is None else {name: list(own) for name, own in samples.items()},
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            cache_requests=False,
+            **SEEDS,
+        )

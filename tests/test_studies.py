@@ -79,7 +79,10 @@ def tuning_tables() -> ModuleType:
 
 def test_the_page_of_the_tuning_grid_is_that_of_its_results() -> None:
     page = (ROOT / "docs" / "findings-tuning.md").read_text(encoding="utf-8")
-    assert page == tuning_tables().page()
+    tables = tuning_tables()
+    assert page == tables.page()
+    picture = (ROOT / "docs" / tables.PICTURE).read_text(encoding="utf-8")
+    assert picture == tables.picture()
     assert len(list((TUNING / "results").glob("*.json"))) > 10
 
 

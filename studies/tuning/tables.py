@@ -1,6 +1,8 @@
 """Tables of `run.py`'s results, each number with its interval, as they stand in the docs.
 
-    python studies/tuning/tables.py
+    python studies/tuning/tables.py docs
+
+It writes ``findings-tuning.md`` and the picture in it.
 
 Two intervals of every difference are at hand. One resamples problems (or paragraphs), with the
 training runs as they are: does this circuit, so trained, beat that one? The other takes the seeds
@@ -10,6 +12,7 @@ whether a rule is better than its control.
 """
 
 import json
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +24,9 @@ from scipy.stats import t as student
 from circuitune.stats import Interval, bootstrap_means, clustered_proportion
 
 RESULTS = Path(__file__).parent / "results"
+DRAWN = runpy.run_path(str(Path(__file__).parents[1] / "scatter.py"))
+PICTURE = "findings-tuning.svg"
+SHOWN = 1  # the seed of the picture: every variant has answered its problems
 Cell = dict[str, Any]
 
 
@@ -187,10 +193,71 @@ def pairs(names: Sequence[str]) -> list[str]:
     return table([*head, "difference of KL, paragraphs; seeds"], rows)
 
 
+KINDS = ("sums", "differences", "products")
+
+
+def kinds_table() -> list[str]:
+    """Right answers by operator, of the variants of one seed."""
+    rows = []
+    for label, found, variant in shown():
+        (cell,) = found.values()
+        values = hits(cell, variant)
+        shares = [  # operators take turns
+            points(
+                clustered_proportion(
+                    values[k :: len(KINDS)],
+                    rng=np.random.default_rng(0),
+                    groups=cell["groups"][k :: len(KINDS)],
+                ),
+                0,
+            )
+            for k in range(len(KINDS))
+        ]
+        rows.append([label, points(accuracy(found, variant)), *shares])
+    return table(["trained", "all, %", *(f"{kind}, %" for kind in KINDS)], rows)
+
+
+def shown() -> list[tuple[str, dict[int, Cell], str]]:
+    """Variants of the seed of the picture: label, cell, method; those that were not run are out."""
+    asked = [("base", "base", "base")]
+    asked += [(f"{rule} 5", f"{rule} 5", "precise") for rule in ("circuit", "direct")]
+    asked += [(f"direct {n}", f"direct {n}", "precise") for n in (4, 8, 13, 32)]
+    asked += [("random 5", "direct 5", "random"), ("random 13", "direct 13", "random")]
+    asked += [("direct 5 + 2 MLPs", "direct 5 and 2 MLPs", "precise")]
+    asked += [
+        (f"circuit 5 + 2 MLPs, {n} steps", f"precise {n} steps", "precise")
+        for n in (50, 150, 450, 1350)
+    ]
+    asked += [("LoRA", "main", "lora"), ("LoRA, 450 steps", "lora 450 steps", "lora")]
+    asked += [("LoRA in 5 heads", "main", "lora_heads"), ("full", "main", "full")]
+    found = [(label, cells(name, [SHOWN]), variant) for label, name, variant in asked]
+    return [item for item in found if item[1]]
+
+
+def picture() -> str:
+    """Gain against drift, as SVG."""
+    base = cells("base", [SHOWN])[SHOWN]
+    marks = []
+    for label, found, variant in shown()[1:]:
+        gain = over_problems(
+            found,
+            lambda cell, own=variant: 100 * (hits(cell, own) - hits(base, "base")),
+            grouped=True,
+        )
+        drift = over_problems(found, lambda cell, own=variant: kl(cell, own), grouped=False)
+        marks.append(DRAWN["Point"](label, variant, drift, gain))
+    return DRAWN["scatter"](
+        marks,
+        "What tuning gains, and what it moves (SmolLM2, one seed)",
+        "KL to the base on WikiText-2, nats a token",
+        "gain in held-out + - x, points",
+    )
+
+
 RULES = ("circuit", "direct", "upstream", "gradient", "cost")
 HEAD = """# Tuning: methods, learning rates, rules, and random controls
 
-Made by `python studies/tuning/tables.py` from the [results](../studies/tuning/results) of
+Made by `python studies/tuning/tables.py docs` from the [results](../studies/tuning/results) of
 `studies/tuning/run.py`; what they say stands in [findings](findings.md).
 
 SmolLM2-135M-Instruct, one- and two-digit + - x, 150 steps of 32 problems, 400 held-out problems
@@ -199,6 +266,8 @@ learning rates among them, were chosen on seed 0. A difference has two intervals
 resamples problems or paragraphs with the trained models as they are; the second, where there are
 several seeds, is Student's t over the seeds and speaks of the recipe. Seconds are those of one
 thread of a busy machine; `bench/tune.json` has the times of a quiet one.
+
+![gain against drift of every variant of one seed](findings-tuning.svg)
 """
 
 
@@ -213,6 +282,7 @@ def sections() -> dict[str, list[str]]:
     counts = pairs([f"direct {n}" for n in (4, 8, 13, 32)] + ["direct 5 and 2 MLPs"])
     if len(counts) > 2:
         made["Numbers of heads, and MLPs"] = counts
+    made[f"Kinds of problems (seed {SHOWN})"] = kinds_table()
     return made
 
 
@@ -225,4 +295,6 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(page())
+    folder = Path(sys.argv[1])
+    (folder / "findings-tuning.md").write_text(page(), encoding="utf-8")
+    (folder / PICTURE).write_text(picture(), encoding="utf-8")

@@ -1,0 +1,274 @@
+"""Tables of `run.py`'s results, each number with its interval, beside those of the paper.
+
+    python studies/paper_table/tables.py docs
+
+It writes ``results.md`` and the picture in it. Seeds and questions are both samples: an interval
+speaks of another seed and of other questions of the same kind (`circuitune.comparing`).
+"""
+
+import json
+import math
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from circuitune.comparing import Scores, compare, family, mean_over_tasks, score
+from circuitune.stats import Interval
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+DRAWN = runpy.run_path(str(HERE.parent / "scatter.py"))
+PICTURE = "results.svg"
+MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M (Q4_K_M)"}
+MATH = ("gsm8k", "addsub", "singleeq", "svamp", "arithmetic")
+KEPT = ("mmlu", "commonsense_qa", "bbh")
+TITLES = {
+    "gsm8k": "GSM8K",
+    "addsub": "AddSub",
+    "singleeq": "SingleEq",
+    "svamp": "SVAMP",
+    "arithmetic": "generated",
+    "mmlu": "MMLU",
+    "commonsense_qa": "CSQA",
+    "bbh": "BBH",
+}
+MARGIN = 0.01
+ROWS = {
+    "base": "base",
+    "full": "full SFT",
+    "lora": "LoRA r16, all linear",
+    "precise": "precise, 32 heads",
+    "random": "random, 32 heads",
+    "circuit 5": "precise, the circuit's 5",
+}
+ABLATIONS = {f"{n} heads": f"{n} heads" for n in (8, 16)} | {"precise": "32 heads"}
+ABLATIONS |= {f"{n} heads": f"{n} heads" for n in (48, 64)}
+ABLATIONS |= {f"32 heads and {n} MLPs": f"32 heads + {n or 'all'} MLPs" for n in (1, 3, 6, 0)}
+SEED = 1  # of the ablations
+
+# Table 1 and the ablations of Zhang et al. (2024), LLaMA2-7B, accuracy in percent.
+PAPER = {
+    "base": ("14.6", "30.5", "65.4", "34.7", "46.0", "59.8"),
+    "full SFT": ("24.6", "53.7", "68.2", "50.3", "40.5", "54.0"),
+    "precise, 32 heads": ("27.4", "50.6", "69.7", "55.8", "46.4", "59.6"),
+}
+PAPER_ABLATIONS = {
+    "8 heads": ("25.4", "45.1"),
+    "16 heads": ("26.5", "45.8"),
+    "32 heads": ("27.4", "46.4"),
+    "48 heads": ("27.4", "46.4"),
+    "64 heads": ("27.3", "45.5"),
+    "32 heads + 1 MLPs": ("27.5", "46.0"),
+    "32 heads + 3 MLPs": ("28.0", "45.2"),
+    "32 heads + 6 MLPs": ("28.2", "44.9"),
+    "32 heads + all MLPs": ("29.2", "43.9"),
+}
+
+Cell = dict[str, Any]
+
+
+def cells(model: str, name: str) -> dict[int, Cell]:
+    """Results of a cell by seed."""
+    paths = sorted(RESULTS.glob(f"{model}-{name.replace(' ', '_')}-[0-9]*.json"))
+    return {int(p.stem.rpartition("-")[2]): json.loads(p.read_text("utf-8")) for p in paths}
+
+
+def scores(found: dict[int, Cell], name: str, task: str) -> list[Scores]:
+    """Outcomes of a task, one entry a seed."""
+    made = []
+    for seed, cell in found.items():
+        values = np.array([int(char) for char in cell["hits"][task]], dtype=float)
+        made.append(Scores(task, name, seed, tuple(map(str, range(len(values)))), values))
+    return made
+
+
+def drifts(found: dict[int, Cell], name: str) -> list[Scores]:
+    """KL to the base, nats a token; a paragraph weighs as many tokens as it has."""
+    made = []
+    for seed, cell in found.items():
+        tokens, _, kl = np.array(cell["drift"]).T
+        ids = tuple(map(str, range(len(kl))))
+        made.append(Scores("kl", name, seed, ids, kl / tokens, tokens))
+    return made
+
+
+def perplexity(found: dict[int, Cell], base: Cell) -> float:
+    """Relative change in percent, mean over seeds."""
+    own = [np.array(cell["drift"]).sum(axis=0) for cell in found.values()]
+    tokens, loss, _ = np.array(base["drift"]).sum(axis=0)
+    return float(np.mean([100 * (math.exp(o[1] / o[0] - loss / tokens) - 1) for o in own]))
+
+
+def percent(interval: Interval, *, sign: bool = False) -> str:
+    """A share, or a difference of shares, in points."""
+    values = [100 * x + 0.0 for x in (interval.estimate, interval.low, interval.high)]
+    first = f"{values[0]:+.1f}" if sign else f"{values[0]:.1f}"
+    return f"{first} [{values[1]:.1f}, {values[2]:.1f}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def all_tasks(found: dict[int, Cell], base: dict[int, Cell], name: str) -> list[str]:
+    """Accuracy of every task, drift and cost."""
+    values = [percent(score(scores(found, name, task))) for task in (*MATH, *KEPT)]
+    if name == "base":
+        return [*values, "0", "0", "", ""]
+    kl = score(drifts(found, name))
+    first = next(iter(found.values()))
+    seconds = np.mean([cell["seconds"] for cell in found.values()])
+    return [
+        *values,
+        f"{kl.estimate:.4f} [{kl.low:.4f}, {kl.high:.4f}]",
+        f"{perplexity(found, base[0]):+.2f}",
+        f"{first['parameters']:,}",
+        f"{seconds:.0f}",
+    ]
+
+
+def accuracies(
+    model: str, rows: dict[str, str], *, seeds: Sequence[int] | None = None
+) -> list[str]:
+    """Every variant on every task."""
+    base = cells(model, "base")
+    made = []
+    for name, label in rows.items():
+        found = cells(model, name)
+        if seeds is not None and name != "base":
+            found = {seed: cell for seed, cell in found.items() if seed in seeds}
+        if found:
+            count = "" if name == "base" else str(len(found))
+            made.append([label, count, *all_tasks(found, base, name)])
+    head = ["trained", "seeds", *(f"{TITLES[task]}, %" for task in (*MATH, *KEPT))]
+    return table([*head, "KL, nats a token", "perplexity, %", "parameters", "seconds"], made)
+
+
+def gain(model: str, one: str, two: str) -> Interval:
+    """Difference of the mean of the five sets that calculate."""
+    ours, theirs = cells(model, one), cells(model, two)
+    pairs = [(scores(ours, one, task), scores(theirs, two, task)) for task in MATH]
+    if len(theirs) == 1 < len(ours):
+        pairs = [(a, b * len(a)) for a, b in pairs]
+    return mean_over_tasks(pairs)
+
+
+def differences(model: str, *, minus: Sequence[tuple[str, str]]) -> list[str]:
+    """Paired differences by task, Holm's correction over the tasks of a row."""
+    rows = []
+    for one, two in minus:
+        ours, theirs = cells(model, one), cells(model, two)
+        if not ours or not theirs:
+            continue
+        found = family(
+            [
+                compare(
+                    scores(ours, one, task),
+                    scores(theirs, two, task),
+                    rng=np.random.default_rng(0),
+                    margin=MARGIN if task in KEPT and two == "base" else None,
+                )
+                for task in (*MATH, *KEPT)
+            ]
+        )
+        shown = []
+        for result in found:
+            star = "\\*" if result.p_holm < 0.05 else ""
+            kept = {True: " (not worse)", False: " (not shown)", None: ""}[result.non_inferior]
+            shown.append(percent(result.difference, sign=True) + star + kept)
+        label = f"{ROWS[one]} - {ROWS[two]}"
+        rows.append([label, percent(gain(model, one, two), sign=True), *shown])
+    head = ["difference, points", "mean of five", *(TITLES[task] for task in (*MATH, *KEPT))]
+    return table(head, rows)
+
+
+def paper_tables() -> list[str]:
+    """The numbers of the paper, for the eye; another model, other data."""
+    head = ["trained (LLaMA2-7B)", "GSM8K", "AddSub", "SingleEq", "SVAMP", "MMLU", "CSQA"]
+    return table(head, [[label, *values] for label, values in PAPER.items()])
+
+
+def ablations(model: str) -> list[str]:
+    """Numbers of heads and MLPs of one seed, the paper's GSM8K and MMLU beside them."""
+    lines = accuracies(model, ABLATIONS, seeds=[SEED])
+    made = [lines[0] + " paper: GSM8K, MMLU |", lines[1] + "---|"]
+    for line in lines[2:]:
+        label = line.split(" | ")[0].removeprefix("| ")
+        made.append(line + f" {', '.join(PAPER_ABLATIONS[label])} |")
+    return made
+
+
+def picture(model: str) -> str:
+    """Gain against drift, as SVG."""
+    marks = []
+    for name, label in (ROWS | ABLATIONS).items():
+        if name == "base" or not cells(model, name):
+            continue
+        found = gain(model, name, "base")
+        ends = [100 * x for x in (found.estimate, found.low, found.high)]
+        drift = score(drifts(cells(model, name), name))
+        low = max(drift.low, drift.estimate / 10)  # few seeds may reach below 0, which has no log
+        across = Interval(drift.estimate, low, drift.high, drift.n)
+        method = name if name in ("full", "lora", "random") else "precise"
+        marks.append(DRAWN["Point"](label, method, across, Interval(*ends, found.n)))
+    return DRAWN["scatter"](
+        marks,
+        f"What tuning gains, and what it moves ({MODELS[model]})",
+        "KL to the base on WikiText-2, nats a token",
+        "gain in the mean of GSM8K, AddSub, SingleEq, SVAMP and generated + - x, points",
+    )
+
+
+PAIRS = (
+    *((name, "base") for name in ("full", "lora", "precise", "random", "circuit 5")),
+    *(("precise", name) for name in ("full", "lora", "random", "circuit 5")),
+)
+HEAD = """# The paper's table, on models that fit a laptop
+
+Made by `python studies/paper_table/tables.py docs` from the
+[results](../studies/paper_table/results) of `studies/paper_table/run.py`.
+
+Zhang et al. (2024) tune 32 heads of LLaMA2-7B and find more arithmetic than by full fine-tuning,
+at no loss elsewhere. Here is the same table for small models, with what the paper's has not: LoRA,
+random heads of the same layers, seeds, and an interval on every number. Each method learns the
+same 1600 texts, 100 steps of 16: the training parts of AddSub, SingleEq and SVAMP, 300 problems
+of GSM8K, the rest generated + - x. All answer the same questions of the test parts. Intervals
+take questions and seeds as samples; one seed has an interval over questions alone. A star: p below
+0.05, Holm's correction over the row. *Not worse*: the interval lies above -1 point. Perplexity is
+the change on WikiText-2. Seconds are those of one thread of a busy machine.
+"""
+
+
+def page(words: str) -> str:
+    """The page; ``words`` say what held."""
+    parts = [HEAD, words.strip() + "\n"]
+    for model, title in MODELS.items():
+        if not cells(model, "base"):
+            continue
+        parts.append(f"## {title}\n\n" + "\n".join(accuracies(model, ROWS)) + "\n")
+        parts.append("Differences, paired by question:\n")
+        parts.append("\n".join(differences(model, minus=PAIRS)) + "\n")
+    parts.append("## The paper's\n\n" + "\n".join(paper_tables()) + "\n")
+    parts.append(
+        f"## Numbers of heads and MLPs ({MODELS['smollm2']}, one seed)\n\n"
+        + "\n".join(ablations("smollm2"))
+        + "\n"
+    )
+    parts.append(f"![gain against drift of every variant]({PICTURE})\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    said = (HERE / "words.md").read_text(encoding="utf-8")
+    (folder / "results.md").write_text(page(said), encoding="utf-8")
+    (folder / PICTURE).write_text(picture("smollm2"), encoding="utf-8")

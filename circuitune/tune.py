@@ -119,7 +119,7 @@ def tune(model: Model, config: TuneConfig, run: Path, work: Path) -> None:
         variants[name] = ranks.first(partial(_collect, folder, target))
     content = {
         "variants": variants,
-        "rule": f"Heads: {config.pick}, see `circuitune.picking`.",
+        "rule": f"Heads picked by: {config.pick}.",
         "data": lessons.facts,
         "precision": str(trained.dtype).removeprefix("torch."),
     }

@@ -15,6 +15,8 @@ from circuitune import cli, suites
 from circuitune.errors import UserError
 from circuitune.models import Model, load
 from circuitune.report import write_report
+from circuitune.report.benchmarks import benchmarks
+from circuitune.report.load import load as load_run
 from circuitune.suites import (
     COLUMNS,
     Answered,
@@ -274,3 +276,20 @@ def test_the_report_shows_benchmarks(tmp_path: Path) -> None:
     assert "Benchmarks" in page
     assert "Not worse by a point" in page
     assert "MMLU: not asked. No file of it." in page
+
+
+def test_many_variants_stand_one_below_the_other(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    names = ["base", "precise", "full", "layers", "lora", "random"]
+    values = {"svamp": {name: np.arange(20) < 3 + place for place, name in enumerate(names)}}
+    found = Answered(frame_of(values), {"svamp": "math"}, {"svamp": "exact_match"}, {})
+    (run / "eval.json").write_text(json.dumps(suite_records(found, seed=0)))
+    tables = benchmarks(load_run(run).benchmarks)
+    scores = [[str(cell) for cell in line.cells] for line in tables.scores.rows]
+    assert [line[3] for line in scores] == names
+    assert len({line[4] for line in scores}) == len(names)
+    pairs = [str(line.cells[0]) for line in tables.differences.rows]
+    assert len(pairs) == 5 + 4  # all against the base, precise against the others
+    assert "precise - full" in pairs
+    assert "full - lora" not in pairs
+    assert "All pairs of variants are in eval.json." in tables.differences.note

@@ -10,6 +10,8 @@ from circuitune.report.tables import Row, Table, columns, row
 
 PERPLEXITY = "word_perplexity"
 BETWEEN = " - "  # in the name of a difference of variants
+WIDEST = 4  # variants that stand side by side; more stand one below the other
+CHIEF = "precise"  # is compared with every other variant
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Benchmarks:
     """Tables of the benchmarks.
 
     Attributes:
-        scores: one row per task and metric, one column per variant.
+        scores: one row per task and metric, one column per variant; with many variants a row each.
         differences: one row per pair of variants and task, None where there is one variant.
         missing: tasks that could not be asked, with the reason.
     """
@@ -45,20 +47,30 @@ def _scores(records: Sequence[Evaluation]) -> Table:
     variants = list(dict.fromkeys(record.variant for record in plain))
     by = {(r.task, r.metric, r.variant): r for r in plain}
     rows: list[Row] = []
+    tall = len(variants) > WIDEST
     for task, metric in dict.fromkeys((r.task, r.metric) for r in plain):
         found = [by.get((task, metric, name)) for name in variants]
         cells = [Cell(MISSING) if r is None else _score(r) for r in found]
         size = max((r.n for r in found if r is not None), default=0)
-        rows.append(row(fmt.task_name(task), metric_name(metric), fmt.count(size), *cells))
-    heads = columns("Task", "Score", "Questions", *variants, left=["Task", "Score"])
+        start = (fmt.task_name(task), metric_name(metric), fmt.count(size))
+        if tall:
+            rows += [row(*start, *pair) for pair in zip(variants, cells, strict=True)]
+        else:
+            rows.append(row(*start, *cells))
+    left = ["Task", "Score", "Variant"]
+    heads = columns(
+        *left[:2], "Questions", *(["Variant", "Value"] if tall else variants), left=left
+    )
     return Table("Benchmarks", heads, tuple(rows), "95 % intervals over questions.")
 
 
 def _differences(records: Sequence[Evaluation]) -> Table | None:
+    """Every variant against the base, and precise against the others where it was trained."""
     rows: list[Row] = []
-    for record in records:
-        if BETWEEN not in record.variant:
-            continue
+    pairs = [record for record in records if BETWEEN in record.variant]
+    names = {name for record in pairs for name in _sides(record)}
+    shown = [r for r in pairs if CHIEF not in names or {"base", CHIEF} & set(_sides(r))]
+    for record in shown:
         p = "" if record.p_holm is None else fmt.p_value(record.p_holm)
         judged = {None: "", True: "yes", False: "not shown"}[record.not_worse]
         task = fmt.task_name(record.task)
@@ -70,8 +82,13 @@ def _differences(records: Sequence[Evaluation]) -> Table | None:
         "Paired by question. p: exact McNemar or sign flips, Holm over the tasks of a pair of "
         "variants. Not worse by a point: the interval's lower end is above -1 point."
     )
+    note += " All pairs of variants are in eval.json." if len(shown) < len(pairs) else ""
     heads = columns("Variants", "Task", "Difference", "p", words[2], left=words)
     return Table("Differences", heads, tuple(rows), note)
+
+
+def _sides(record: Evaluation) -> list[str]:
+    return record.variant.split(BETWEEN)
 
 
 def _score(record: Evaluation) -> Cell:

@@ -42,6 +42,10 @@ _STYLES = {
     "own_circuit": _Style("140,90,190", "solid", "x"),
     "precise": _Style("213,94,0", "solid", "circle"),
     "base": _Style("128,136,148", "solid", "diamond"),
+    "full": _Style("58,90,152", "solid", "star"),
+    "lora": _Style("0,158,115", "solid", "triangle-up"),
+    "lora_heads": _Style("0,158,115", "solid", "triangle-down"),
+    "layers": _Style("148,120,60", "solid", "cross"),
 }
 _OTHER = _Style("204,121,167", "dashdot", "x")
 
@@ -148,7 +152,8 @@ def tuning_chart(records: Sequence[Evaluation], variants: Sequence[str]) -> go.F
         return None
     tasks = list(dict.fromkeys(record.task for record in matched))
     figure = go.Figure()
-    shifts = {name: 0.2 * (place - (len(variants) - 1) / 2) for place, name in enumerate(variants)}
+    step = min(0.2, 0.8 / len(variants))
+    shifts = {name: step * (place - (len(variants) - 1) / 2) for place, name in enumerate(variants)}
     for name in variants:
         own = [record for record in matched if record.variant == name]
         scaled = [record.estimate.scaled(100.0) for record in own]
@@ -176,7 +181,7 @@ def tuning_chart(records: Sequence[Evaluation], variants: Sequence[str]) -> go.F
         showgrid=False,
         zeroline=False,
     )
-    return finished(figure, height=52 * len(tasks) + 100, top=44)
+    return finished(figure, height=max(52, 16 * len(variants)) * len(tasks) + 100, top=44)
 
 
 def _heat(

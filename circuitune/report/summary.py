@@ -335,7 +335,8 @@ def _trained(variant: TunedVariant | None, total: int) -> tuple[str | Cell, str 
     if variant is None:
         return MISSING, MISSING
     share = fmt.percent(Estimate(variant.share)) if total else Cell("")
-    return str(len(variant.components)), Cell(fmt.short_count(variant.parameters), str(share))
+    picked = str(len(variant.components)) if variant.components else MISSING
+    return picked, Cell(fmt.short_count(variant.parameters), str(share))
 
 
 def _extra_columns(

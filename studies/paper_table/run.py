@@ -138,7 +138,7 @@ def cell(bench: Bench, name: str, options: Options, seed: int) -> dict[str, Any]
     texts = folder / "texts.jsonl"
     texts.write_text("".join(json.dumps(row) + "\n" for row in bench.texts(seed)), "utf-8")
     fixed = {"data": str(texts), "steps": STEPS, "batch_size": BATCH, "seed": seed}
-    chosen = options | {"mlps": len(bench.model.mlps)} if options.get("mlps") == 0 else options
+    chosen = options | {"mlps": bench.model.layers} if options.get("mlps") == 0 else options
     for path in bench.located.iterdir():
         if path.is_file() and not (folder / path.name).exists():
             (folder / path.name).symlink_to(path.resolve())

@@ -7,8 +7,8 @@ from html import escape
 
 from circuitune.stats import Interval
 
-WIDTH, HEIGHT = 860, 520
-LEFT, RIGHT, TOP, BOTTOM = 64, 120, 54, 56  # names stand on the right of their points
+WIDTH, HEIGHT = 940, 520
+LEFT, RIGHT, TOP, BOTTOM = 64, 270, 54, 56  # names stand on the right
 COLOURS = {"precise": "#0b6e4f", "random": "#9a9a9a", "lora": "#b3541e", "full": "#3a5a98"}
 OTHER = "#7b4b94"
 
@@ -18,7 +18,7 @@ class Point:
     """A trained variant.
 
     Attributes:
-        label: what stands beside it.
+        label: its name, in the list on the right.
         method: decides its colour.
         x: drift, more than 0; the axis is logarithmic.
         y: gain.
@@ -64,18 +64,16 @@ def scatter(points: Sequence[Point], title: str, x_title: str, y_title: str) -> 
     for value in range(floor, top + 1, 10):
         parts.append(_line(LEFT, up(value), WIDTH - RIGHT, up(value), "#e4e4e4", 1))
         parts.append(_text(LEFT - 8, up(value) + 4, str(value), anchor="end"))
-    taken: list[tuple[float, float]] = []
-    for point in sorted(points, key=lambda point: -point.y.estimate):
-        colour, x, y = COLOURS.get(point.method, OTHER), across(point.x.estimate), 0.0
-        y = up(point.y.estimate)
+    for number, point in enumerate(sorted(points, key=lambda p: -p.y.estimate), start=1):
+        colour = COLOURS.get(point.method, OTHER)
+        x, y = across(point.x.estimate), up(point.y.estimate)
         parts.append(_line(across(point.x.low), y, across(point.x.high), y, colour, 1.4))
         parts.append(_line(x, up(point.y.low), x, up(point.y.high), colour, 1.4))
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>')
-        below = y - 4
-        while any(abs(below - other) < 14 and abs(x - across_) < 150 for across_, other in taken):
-            below += 14  # names of neighbours stand one below the other
-        taken.append((x, below))
-        parts.append(_text(x + 9, below, point.label, fill=colour))
+        beside = WIDTH - RIGHT + 24, TOP + 22 * number - 8
+        for spot in ((x, y), beside):
+            parts.append(f'<circle cx="{spot[0]:.1f}" cy="{spot[1]:.1f}" r="9" fill="{colour}"/>')
+            parts.append(_text(spot[0], spot[1] + 4, str(number), "middle", size=11, fill="#fff"))
+        parts.append(_text(beside[0] + 16, beside[1] + 4, point.label, fill=colour))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -85,7 +83,7 @@ def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float)
 
 
 def _text(
-    x: float, y: float, words: str, *, anchor: str = "start", size: int = 13, **more: object
+    x: float, y: float, words: str, anchor: str = "start", *, size: int = 13, **more: object
 ) -> str:
     extra = "".join(f' font-{key}="{value}"' for key, value in more.items() if key != "fill")
     extra += f' fill="{more["fill"]}"' if "fill" in more else ""

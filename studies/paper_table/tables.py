@@ -8,7 +8,6 @@ speaks of another seed and of other questions of the same kind (`circuitune.comp
 
 import json
 import math
-import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +18,11 @@ import numpy as np
 from circuitune.comparing import Scores, compare, family, mean_over_tasks, score
 from circuitune.stats import Interval
 
+sys.path.append(str(Path(__file__).parents[1]))
+from scatter import Point, scatter
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-DRAWN = runpy.run_path(str(HERE.parent / "scatter.py"))
 PICTURE = "results.svg"
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M (Q4_K_M)"}
 MATH = ("gsm8k", "addsub", "singleeq", "svamp", "arithmetic")
@@ -219,8 +220,8 @@ def picture(model: str) -> str:
         low = max(drift.low, drift.estimate / 10)  # few seeds may reach below 0, which has no log
         across = Interval(drift.estimate, low, drift.high, drift.n)
         method = name if name in ("full", "lora", "random") else "precise"
-        marks.append(DRAWN["Point"](label, method, across, Interval(*ends, found.n)))
-    return DRAWN["scatter"](
+        marks.append(Point(label, method, across, Interval(*ends, found.n)))
+    return scatter(
         marks,
         f"What tuning gains, and what it moves ({MODELS[model]})",
         "KL to the base on WikiText-2, nats a token",
@@ -268,6 +269,8 @@ def page(words: str) -> str:
 
 
 if __name__ == "__main__":
+    if not cells("smollm2", "full"):
+        sys.exit(f"Tables need results, {RESULTS} has none of full fine-tuning; run run.py first.")
     folder = Path(sys.argv[1])
     said = (HERE / "words.md").read_text(encoding="utf-8")
     (folder / "results.md").write_text(page(said), encoding="utf-8")

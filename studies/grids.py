@@ -1,0 +1,47 @@
+"""What the grids of this folder share: the located run, the text, and how a result is kept."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from circuitune.retention import retention_text
+
+PARAGRAPHS = 200
+
+
+def located_run(model: str, folder: Path) -> Path:
+    """A run with pairs, effects, circuit and graph; located now if it is not there."""
+    if not (folder / "circuit.json").is_file():
+        words = ["locate", model, "--out", str(folder)]
+        subprocess.run([sys.executable, "-m", "circuitune", *words], check=True)
+    return folder
+
+
+def paragraphs(data_dir: Path) -> list[str]:
+    """Paragraphs of WikiText-2, at equal distances."""
+    every = retention_text(str(data_dir / "wikitext2" / "test.txt"))
+    return every[:: len(every) // PARAGRAPHS][:PARAGRAPHS]
+
+
+def linked(located: Path, folder: Path) -> Path:
+    """A folder in which a cell of the grid trains: the files of the located run as links."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in located.iterdir():
+        if path.is_file() and not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path.resolve())
+    return folder
+
+
+def rounded(drift: Any) -> list[list[float]]:
+    """Tokens, loss and KL (sums) of every paragraph, as results keep them."""
+    return [[int(n), round(loss, 4), round(kl, 6)] for n, loss, kl in drift]
+
+
+def keep(target: Path, content: dict[str, Any]) -> None:
+    """Write a result, whole or not at all."""
+    target.parent.mkdir(exist_ok=True)
+    beside = target.with_suffix(".part")
+    beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    beside.replace(target)

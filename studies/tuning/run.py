@@ -16,6 +16,7 @@ import hashlib
 import logging
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ import circuitune as ct
 from circuitune.answering import exact_match
 from circuitune.config import TuneConfig, overrides
 from circuitune.deltas import merged, tuned_variants
-from circuitune.exercises import held_out_problems
+from circuitune.exercises import exercises, held_out_problems
 from circuitune.models import Model
 from circuitune.pairs import PairSet, Writing
 from circuitune.problems import Problem
 from circuitune.retention import BaseText, base_text, drift_now
+from circuitune.suites import Questions, ask_suite
 from circuitune.tune import tune
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -69,7 +71,10 @@ GRID: dict[str, dict[str, Options]] = {
         )
         for steps in many
     },
+    "far": {"far": PAIR | {"pick": "circuit", "mlps": 2, "steps": 1350}},
 }
+# Cells whose variants, and the base, also answer problems that were trained, and a benchmark.
+ASKED_MORE, TRAINED, BENCHMARK, QUESTIONS = ("far",), 200, "commonsense_qa", 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Bench:
         model: the base.
         located: a run with pairs, effects, circuit and graph.
         runs: where cells train.
+        data_dir: the data sets.
         text: paragraphs of WikiText-2.
         base: what the base makes of them.
     """
@@ -87,6 +93,7 @@ class Bench:
     model: Model
     located: Path
     runs: Path
+    data_dir: Path
     text: list[str]
     base: BaseText
 
@@ -97,15 +104,37 @@ class Bench:
             pairs, plain.tune_operators, digits=plain.digits, n=PROBLEMS, seed=seed
         )
 
-    def measure(self, seed: int) -> dict[str, Any]:
-        """The model as it now is: right answers; tokens, loss and KL of every paragraph (sums)."""
+    def answers(self, problems: list[Problem]) -> str:
+        """Right and wrong answers of the model as it now is, a digit for each problem."""
         selection = PairSet.load(self.located).selection
         writing = Writing(selection["prefix"], selection["spaced_answer"])
-        hits = exact_match(self.model, self.problems(seed), writing)
+        return "".join("01"[int(hit)] for hit in exact_match(self.model, problems, writing))
+
+    def measure(self, seed: int) -> dict[str, Any]:
+        """The model as it now is: right answers; tokens, loss and KL of every paragraph (sums)."""
         drift = drift_now(self.model, self.base, anew=True)
+        return {"hits": self.answers(self.problems(seed)), "drift": rounded(drift)}
+
+    def ask_more(self, config: TuneConfig, kept: Path) -> dict[str, Any]:
+        """Problems that were trained, and a benchmark of another kind."""
+        drawn = exercises(
+            PairSet.load(self.located),
+            config.tune_operators,
+            digits=config.digits,
+            n=config.steps * config.batch_size,
+            seed=config.seed,
+            watch=config.evaluate_every > 0,
+        ).train
+        kinds: dict[str, list[Problem]] = {}
+        for problem in drawn:
+            kinds.setdefault(problem.operator.id, []).append(problem)
+        kept.mkdir(exist_ok=True)
+        questions = Questions((BENCHMARK,), self.data_dir, limit=QUESTIONS)
+        told = ask_suite(self.model, {"it": nullcontext}, questions, kept)
+        main = told.samples[told.samples["metric"] == told.main[BENCHMARK]]
         return {
-            "hits": "".join("01"[int(hit)] for hit in hits),
-            "drift": rounded(drift),
+            "trained": {name: self.answers(own[:TRAINED]) for name, own in kinds.items()},
+            BENCHMARK: "".join("01"[int(value)] for value in main["value"]),
         }
 
 
@@ -118,6 +147,7 @@ def cell(bench: Bench, name: str, options: Options) -> dict[str, Any]:
     }
     if name == "base":
         return asked | {"variants": {"base": bench.measure(config.seed)}}
+    more = name in ASKED_MORE
     folder = linked(bench.located, bench.runs / f"{name.replace(' ', '_')}-{config.seed}")
     tune(bench.model, config, folder, folder / "out")
     kept = ("components", "parameters", "share", "seconds", "lowest_layer", "lr", "loss_last")
@@ -126,6 +156,10 @@ def cell(bench: Bench, name: str, options: Options) -> dict[str, Any]:
         with merged(bench.model, delta):
             facts = {key: delta.facts[key] for key in kept}
             variants[method] = facts | bench.measure(config.seed)
+            if more:
+                variants[method] |= bench.ask_more(config, folder / f"asked-{method}")
+    if more:
+        variants["base"] = bench.measure(config.seed) | bench.ask_more(config, folder / "asked")
     shutil.rmtree(folder)
     return {"options": options} | asked | {"variants": variants}
 
@@ -134,7 +168,7 @@ def main() -> None:
     """Run what is missing of the named parts of the grid."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/tuning"))
-    parser.add_argument("--data-dir", type=Path, required=True, help="holds wikitext2/test.txt")
+    parser.add_argument("--data-dir", type=Path, required=True, help="WikiText-2, and more for far")
     parser.add_argument("--rows", default="main", help=f"of {', '.join(GRID)}, with commas")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     given = parser.parse_args()
@@ -142,7 +176,8 @@ def main() -> None:
     located = located_run(MODEL, given.runs / "located")
     text = paragraphs(given.data_dir)
     model = ct.load(MODEL)
-    bench = Bench(model, located, given.runs, text, base_text(model, text, copy_head=True))
+    base = base_text(model, text, copy_head=True)
+    bench = Bench(model, located, given.runs, given.data_dir, text, base)
     for seed in map(int, given.seeds.split(",")):
         cells: dict[str, Options] = {"base": {}}
         for part in given.rows.split(","):

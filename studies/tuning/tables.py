@@ -194,6 +194,25 @@ def pairs(names: Sequence[str]) -> list[str]:
     return table([*head, "difference of KL, paragraphs; seeds"], rows)
 
 
+def beside(names: Sequence[str], others: dict[str, tuple[str, str]]) -> list[str]:
+    """Precise with some components minus other variants of the same seeds, over seeds."""
+    rows = []
+    for name in names:
+        row = [name]
+        for cell_name, variant in others.values():
+            two = cells(cell_name)
+            one = {seed: cell for seed, cell in cells(name).items() if seed in two}
+            for of, factor, digits in ((hits, 100, 1), (kl, 1, 4)):
+                gaps = [
+                    float(of(cell, "precise").mean() - of(two[seed], variant).mean())
+                    for seed, cell in one.items()
+                ]
+                row.append(signed(over_seeds(gaps), factor, digits))
+        rows.append(row)
+    head = [f"{what}, it - {label}" for label in others for what in ("points", "KL")]
+    return table(["chosen", *head], rows)
+
+
 KINDS = ("sums", "differences", "products")
 
 
@@ -255,6 +274,7 @@ def picture() -> str:
     )
 
 
+COUNTS = [*(f"direct {n}" for n in (4, 8, 13, 32)), "direct 5 and 2 MLPs"]
 RULES = ("circuit", "direct", "upstream", "gradient", "cost")
 HEAD = """# Tuning: methods, learning rates, rules, and random controls
 
@@ -280,9 +300,13 @@ def sections() -> dict[str, list[str]]:
     made["Rules: five heads against random ones of the same layers"] = pairs(
         [f"{rule} 5" for rule in RULES]
     )
-    counts = pairs([f"direct {n}" for n in (4, 8, 13, 32)] + ["direct 5 and 2 MLPs"])
+    counts = pairs(COUNTS)
     if len(counts) > 2:
         made["Numbers of heads, and MLPs"] = counts
+        made["The same beside five heads and beside LoRA (intervals over seeds)"] = beside(
+            [name for name in COUNTS if cells(name)],
+            {"direct 5": ("direct 5", "precise"), "LoRA": ("main", "lora")},
+        )
     made[f"Kinds of problems (seed {SHOWN})"] = kinds_table()
     return made
 

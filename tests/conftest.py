@@ -1,6 +1,7 @@
 """Tiny random models with a byte tokenizer, and the real model where a test needs one."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,18 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+# The file that takes as long as all others on one core; started last, it would run alone.
+LONGEST = "test_demo.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several workers share the files: the longest first, then those with many tests."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    count = Counter(item.path.name for item in items)
+    items.sort(key=lambda item: (item.path.name != LONGEST, -count[item.path.name]))
+
 
 TINY = {
     "vocab_size": 258,

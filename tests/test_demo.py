@@ -1,7 +1,6 @@
 """The demo as a user runs it, on the real model, and the claims that the README makes of it."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -26,9 +25,7 @@ def recipe(target: str) -> list[str]:
 def circuitune(*words: str) -> subprocess.CompletedProcess[str]:
     """The command line as a subprocess, from another folder than the repository."""
     command = [sys.executable, "-m", "circuitune", *words]
-    # With few tests this file runs last, when the other workers are done: all cores are free.
-    env = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")

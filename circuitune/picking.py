@@ -9,10 +9,10 @@ The best set to knock out need not be the best set to tune, so a rule is a choic
   the answer through the query, key or value of such a head (``paths.parquet``).
 - ``gradient``: heads whose slices have the largest gradient of the training loss at the base,
   which is what a first step of tuning would use.
-- ``cost``: direct effects, in favour of high layers: a low head makes every step dearer.
+- ``cost``: direct effects for the FLOPs of a step: a low head makes every step dearer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -23,10 +23,11 @@ from circuitune.components import Head, Mlp, parse_component
 from circuitune.effects import EffectTable
 from circuitune.errors import UserError
 from circuitune.examples import IGNORED, Example
+from circuitune.methods import precise
 from circuitune.models import Model
 from circuitune.pairs import pad
 from circuitune.patching import unembed
-from circuitune.plan import cost_aware
+from circuitune.plan import Workload, flops
 from circuitune.runs import read_circuit
 from circuitune.slices import attached, head_slices
 
@@ -54,10 +55,8 @@ def pick_heads(
     if rule not in RULES:
         raise UserError(f"--pick must be one of {', '.join(RULES)}, found {rule!r}; use one.")
     if rule == "cost":
-        means = direct_means(run)
-        found = cost_aware(
-            {head: -means[head] for head in means if means[head] < 0}, model, count, weight=1.0
-        )
+        strengths = {head: -mean for head, mean in direct_means(run).items() if mean < 0}
+        found = for_their_price(strengths, prices(model, examples), count)
     elif rule == "gradient":
         found = by_gradient(model, examples)
     elif rule == "upstream":
@@ -87,6 +86,54 @@ def direct_means(run: Path) -> dict[Head, float]:
     means = table.effect("logit_diff").mean(axis=1)
     both = zip(table.components, means, strict=True)
     return {part: float(mean) for part, mean in both if isinstance(part, Head)}
+
+
+def prices(model: Model, examples: Sequence[Example]) -> list[float]:
+    """FLOPs of a step by its lowest tuned layer, as a share of those where layer 0 is tuned too.
+
+    The layers below it are cached. One number per layer, falling from 1 to what the unembedding
+    takes, which every step pays.
+
+    Raises:
+        UserError: there is no training text.
+    """
+    if not examples:
+        raise UserError("The rule cost needs training texts, found none; give some.")
+    tokens = sum(len(example.tokens) - 1 for example in examples)
+    work = Workload(
+        tokens=tokens,
+        supervised=sum(example.supervised for example in examples),
+        length=tokens // len(examples),
+        steps=1,
+    )
+    steps = [
+        flops(model, precise(model, [Head(layer, 0)]), work, cached=True).total
+        for layer in range(model.layers)
+    ]
+    return [step / steps[0] for step in steps]
+
+
+def for_their_price(
+    strengths: Mapping[Head, float], price: Sequence[float], count: int
+) -> tuple[Head, ...]:
+    """The set of heads with the most strength for the price of its lowest layer.
+
+    Args:
+        strengths: of each head, 0 or more.
+        price: of tuning a layer and what is above, see `prices`.
+        count: how many heads; all, the strongest first, if there are not as many.
+
+    Returns:
+        the heads, strongest first; of equal sets the higher one.
+    """
+    ranked = sorted(strengths, key=lambda head: (-strengths[head], head))
+    best, chosen = -1.0, tuple(ranked)
+    for layer, paid in enumerate(price):
+        heads = tuple(head for head in ranked if head.layer >= layer)[:count]
+        worth = sum(strengths[head] for head in heads) / paid
+        if len(heads) == count and worth >= best:
+            best, chosen = worth, heads
+    return chosen
 
 
 def upstream(run: Path) -> tuple[Head, ...]:

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from circuitune.components import Head
-from circuitune.errors import UserError
 from circuitune.memory import shown
 from circuitune.methods import Method, attached, full
 from circuitune.models import Model, projection_shape
@@ -447,53 +445,3 @@ def _places(values: object) -> Iterator[int]:
             yield from _places(value)
     elif isinstance(values, dict):
         yield from _places(list(values.values()))
-
-
-# -------------------------------------------------------------------------------- heads by price
-
-
-def cost_of_layers(model: Model) -> list[float]:
-    """FLOPs of a step by its lowest tuned layer, as a share of a step that tunes layer 0 too.
-
-    With the prefix cached, layers from the lowest tuned one on run forward and backward; what
-    trains in them, attention scores and the unembedding are left out, since they depend on the
-    texts. One number per layer, falling from 1: a low head makes every step dearer.
-    """
-    sizes = [sum(own for _, own in _own(model, model.layer(i))) for i in range(model.layers)]
-    return [sum(sizes[index:]) / sum(sizes) for index in range(model.layers)]
-
-
-def cost_aware(
-    effects: Mapping[Head, float], model: Model, count: int, *, weight: float
-) -> tuple[Head, ...]:
-    """Heads with large effects that are cheap to tune.
-
-    For every layer L, the best ``count`` heads at or above it have the score
-    sum of |effect| / cost(L) ** weight, with `cost_of_layers`; those of the best L are chosen.
-    Of equal scores the higher layer wins.
-
-    Args:
-        effects: effect of each head, signed; its size counts.
-        model: the model that they belong to.
-        count: how many heads.
-        weight: what the price is worth; 0 takes the largest effects, wherever they lie.
-
-    Returns:
-        the heads, largest effect first.
-
-    Raises:
-        UserError: there are fewer heads, or the weight is negative.
-    """
-    if not 0 < count <= len(effects) or weight < 0:
-        raise UserError(
-            f"A choice by price needs 1 to {len(effects)} heads and a weight of at least 0, found "
-            f"{count} and {weight}; correct them."
-        )
-    ranked = sorted(effects, key=lambda head: (-abs(effects[head]), head))
-    best, chosen = -1.0, ()
-    for layer, cost in enumerate(cost_of_layers(model)):
-        heads = tuple(head for head in ranked if head.layer >= layer)[:count]
-        score = sum(abs(effects[head]) for head in heads) / cost**weight
-        if len(heads) == count and score >= best:
-            best, chosen = score, heads
-    return chosen

@@ -1,6 +1,7 @@
 """Rules that pick heads to tune, each against a plain way to the same order."""
 
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,16 @@ from circuitune.effects import EffectTable
 from circuitune.errors import UserError
 from circuitune.examples import IGNORED, Example
 from circuitune.models import Model
-from circuitune.picking import RULES, by_gradient, direct_means, pick_heads, pick_mlps, upstream
+from circuitune.picking import (
+    RULES,
+    by_gradient,
+    direct_means,
+    for_their_price,
+    pick_heads,
+    pick_mlps,
+    prices,
+    upstream,
+)
 
 COMPONENTS = (Head(0, 1), Head(2, 0), Mlp(1), Head(3, 2), Mlp(3))
 MEANS = (-0.3, -1.0, -0.6, -0.8, 0.1)
@@ -97,6 +107,49 @@ def test_every_rule_refuses_what_it_cannot_give(run: Path, tiny: Callable[..., M
     assert RULES[0] == "direct"
 
 
+TEXTS = [Example([1, 2, 3, 4, 5, 6, 7], [IGNORED] * 6 + [7])] * 8
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "phi3", "gpt_neox", "gemma3_text"])
+def test_prices_fall_by_a_layer_at_a_time(tiny: Callable[..., Model], family: str) -> None:
+    """Equal layers take equal shares; with more supervised tokens, which all layers pay, less."""
+    model = tiny(family, **({"pad_token_id": 0} if family == "phi3" else {}))
+    found = prices(model, TEXTS)
+    assert found[0] == 1
+    falls = -np.diff(found)
+    assert falls == pytest.approx(falls[0], rel=0.1)
+    assert falls[0] > 0
+    every = [Example(text.tokens, text.tokens) for text in TEXTS]
+    assert found[-1] < prices(model, every)[-1] < 1
+
+
+def by_hand(strengths: dict[Head, float], price: list[float], count: int) -> set[Head]:
+    """Every set of heads, valued by its own lowest layer: slow and plain."""
+    return set(
+        max(
+            combinations(strengths, count),
+            key=lambda heads: (
+                sum(strengths[head] for head in heads) / price[min(head.layer for head in heads)]
+            ),
+        )
+    )
+
+
+@pytest.mark.parametrize("price", [[1.0] * 4, [1.0, 0.8, 0.6, 0.4], [1.0, 0.75, 0.5, 0.01]])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_the_set_worth_its_price_is_the_best_of_all(price: list[float], count: int) -> None:
+    rng = np.random.default_rng(3)
+    strengths = {Head(layer, i): float(rng.random()) for layer in range(4) for i in range(3)}
+    chosen = for_their_price(strengths, price, count)
+    assert set(chosen) == by_hand(strengths, price, count)
+    sizes = [strengths[head] for head in chosen]
+    assert sizes == sorted(sizes, reverse=True)
+
+
 def test_cost_prefers_high_layers(run: Path, tiny: Callable[..., Model]) -> None:
-    """Layer 3 alone holds 0.8 of effect for a fraction of the cost of layer 0."""
-    assert pick_heads(tiny(), run, 1, rule="cost") == (Head(3, 2),)
+    """Layer 3 alone holds 0.8 of the 1.0 in layer 2, whose steps cost nearly twice as much."""
+    assert pick_heads(tiny(), run, 1, rule="cost", examples=TEXTS) == (Head(3, 2),)
+    with pytest.raises(UserError, match="needs training texts"):
+        pick_heads(tiny(), run, 1, rule="cost")
+    with pytest.raises(UserError, match="must be at most 3, the number that the rule cost"):
+        pick_heads(tiny(), run, 9, rule="cost", examples=TEXTS)

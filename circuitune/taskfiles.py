@@ -14,6 +14,7 @@ singleeq, svamp the same                                               exact mat
 gsm8k           test, 5 shots                                          exact match, flexible
 bbh_math        the two tasks that calculate or count, 3 shots         exact match, flexible
 commonsense_qa  dev, 0 shots                                           accuracy of the letter
+c..._qa_text    the same questions, by the texts of their answers      normalised accuracy
 mmlu            57 subjects, 5 shots of the dev part                   accuracy of the letter
 bbh             six other tasks, 3 shots                               normalised accuracy
 wikitext        WikiText-2 test, whole articles                        word perplexity
@@ -22,8 +23,10 @@ wikitext        WikiText-2 test, whole articles                        word perp
 Solved examples are always the first ones, so that a model computes them once; lm-eval draws those
 of GSM8K and CommonsenseQA anew for every question. The generated answers of bbh_math are read by
 `circuitune.extracting` too: lm-eval compares them letter by letter, with the space in front.
-Published perplexities are of WikiText's raw text; a file with ``<unk>`` for rare words, as older
-copies have it, gives lower ones, which compare only with each other.
+Small models answer every question of CommonsenseQA with the same letter, so ``commonsense_qa_text``
+asks for the texts of the answers, none of which is shown. Published perplexities are of WikiText's
+raw text; a file with ``<unk>`` for rare words, as older copies have it, gives lower ones, which
+compare only with each other.
 """
 
 import csv
@@ -211,16 +214,28 @@ def _gsm8k(name: str, data_dir: Path | None, folder: Path, shots: int | None) ->
 
 # ------------------------------------------------------------------------------------ retention
 
+COMMONSENSE_TEXT = "commonsense_qa_text"
+_BY_TEXT = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "Question: {{question.strip()}}\nAnswer:",
+    "doc_to_choice": "{{choices['text']}}",
+    "doc_to_target": "{{choices['label'].index(answerKey)}}",
+    "metadata": {"version": 1.0},
+} | _metrics("acc", "acc_norm")
+
 
 def _commonsense(name: str, data_dir: Path | None, folder: Path, shots: int | None) -> TaskFile:
     parts = {"test": records("commonsense_qa", data_dir)}
     if shots:
         parts["train"] = islice(records("commonsense_qa/train", data_dir), MOST_SHOTS)
     rows = {part: [_commonsense_row(record) for record in found] for part, found in parts.items()}
-    content: Row = {"include": _stock("commonsense_qa/default.yaml")} | _data(folder, name, rows)
+    by_text = name == COMMONSENSE_TEXT
+    own = _BY_TEXT if by_text else {"include": _stock("commonsense_qa/default.yaml")}
+    content: Row = own | _data(folder, name, rows)
     content |= _few_shot(name, rows["train"], "train", shots) if shots else {}
     _write(folder, name, content)
-    return TaskFile(name, "retention", (name,), ("acc",), {name: len(rows["test"])}, 0.2)
+    metrics = ("acc_norm" if by_text else "acc",)
+    return TaskFile(name, "retention", (name,), metrics, {name: len(rows["test"])}, 0.2)
 
 
 def _commonsense_row(record: Record) -> Row:
@@ -372,6 +387,7 @@ TASKS: dict[str, Callable[[str, Path | None, Path, int | None], TaskFile]] = {
     "gsm8k": _gsm8k,
     "bbh_math": _bbh_math,
     "commonsense_qa": _commonsense,
+    COMMONSENSE_TEXT: _commonsense,
     "mmlu": _mmlu,
     "bbh": _bbh,
     "wikitext": _wikitext,

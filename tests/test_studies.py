@@ -115,6 +115,19 @@ def test_what_the_findings_say_of_the_circuit_is_what_was_measured() -> None:
     assert tables.over_seeds(gaps).low > 0
 
 
+def test_what_the_findings_say_of_numbers_of_heads_is_what_was_measured() -> None:
+    tables = tuning_tables()
+    page = " ".join((ROOT / "docs" / "findings.md").read_text(encoding="utf-8").split())
+    for heads in (4, 5, 8, 13):
+        found = tables.cells(f"direct {heads}")
+        gaps = [tables.difference(cell, "random", tables.hits) for cell in found.values()]
+        assert len(gaps) >= 3
+        over = tables.over_seeds(gaps)
+        assert over.low > 0
+        shown = [100 * value + 1e-9 for value in (over.estimate, over.low, over.high)]
+        assert "{:.1f} [{:.1f}, {:.1f}]".format(*shown) in page
+
+
 # ----------------------------------------------------------------------------- the paper's table
 
 PAPER = ROOT / "studies" / "paper_table"

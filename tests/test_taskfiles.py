@@ -227,6 +227,18 @@ def test_commonsense_takes_solved_examples_from_the_training_part(
     assert prompts(read(tmp_path, "commonsense_qa")) == wanted
 
 
+def test_commonsense_is_also_asked_by_the_texts_of_the_answers(data: Path, tmp_path: Path) -> None:
+    file = write_task("commonsense_qa_text", data, tmp_path, shots=1)
+    assert file.metrics == ("acc_norm",)
+    task = read(tmp_path, "commonsense_qa_text")
+    own, solved = COMMONSENSE[0], COMMONSENSE[5]
+    answer = solved["choices"]["text"]["ABCDE".index(solved["answerKey"])]
+    wanted = f"Question: {solved['question'].strip()}\nAnswer: {answer}\n\n"
+    assert prompts(task)[0] == f"{wanted}Question: {own['question'].strip()}\nAnswer:"
+    assert task.doc_to_choice(own) == own["choices"]["text"]
+    assert task.doc_to_target(own) == "ABCDE".index(own["answerKey"])
+
+
 def test_bbh_is_guessed_by_its_choices(data: Path, tmp_path: Path) -> None:
     file = write_task("bbh", data, tmp_path, shots=1)
     counts = [len(bbh_rows(task)) for task in BBH_TASKS]
@@ -447,7 +459,7 @@ def test_without_lm_eval_it_says_how_to_get_it(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name in set(TASKS) - {"addsub", "singleeq", "svamp"}:
+    for name in set(TASKS) - {"addsub", "singleeq", "svamp", "commonsense_qa_text"}:
         with pytest.raises(UserError, match=r"lm-eval, it is not installed; .*circuitune\[eval\]"):
             write_task(name, data, tmp_path / "tasks", shots=None)
 

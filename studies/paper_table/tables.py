@@ -26,7 +26,7 @@ RESULTS = HERE / "results"
 PICTURE = "results.svg"
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M (Q4_K_M)"}
 MATH = ("gsm8k", "addsub", "singleeq", "svamp", "arithmetic")
-KEPT = ("mmlu", "commonsense_qa", "bbh")
+KEPT = ("mmlu", "commonsense_qa", "commonsense_qa_text", "bbh")
 TITLES = {
     "gsm8k": "GSM8K",
     "addsub": "AddSub",
@@ -35,6 +35,7 @@ TITLES = {
     "arithmetic": "generated",
     "mmlu": "MMLU",
     "commonsense_qa": "CSQA",
+    "commonsense_qa_text": "CSQA, texts",
     "bbh": "BBH",
 }
 MARGIN = 0.01

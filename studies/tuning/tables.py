@@ -237,6 +237,37 @@ def kinds_table() -> list[str]:
     return table(["trained", "all, %", *(f"{kind}, %" for kind in KINDS)], rows)
 
 
+OPERATORS = dict(zip(("add", "sub", "mul"), KINDS, strict=True))
+
+
+def share(text: str, minus: str | None = None) -> str:
+    """Right answers of a string of 0 and 1, or their change against another, paired."""
+    values = np.array([int(char) for char in text], dtype=float)
+    if minus is None:
+        return points(clustered_proportion(values, rng=np.random.default_rng(0)))
+    gaps = values - np.array([int(char) for char in minus], dtype=float)
+    return signed(bootstrap_means(gaps[None], rng=np.random.default_rng(0))[0], 100, 1)
+
+
+def far_table() -> list[str]:
+    """One long training and its control: held-out and trained problems, drift, commonsense."""
+    (found,) = ({seed: cell} for seed, cell in cells("far").items())
+    (cell,) = found.values()
+    base = cell["variants"]["base"]
+    rows = []
+    for name in ("base", "precise", "random"):
+        own = cell["variants"][name]
+        asked = share(own["commonsense_qa"])
+        change = "" if name == "base" else share(own["commonsense_qa"], base["commonsense_qa"])
+        trained = [share(own["trained"][operator]) for operator in OPERATORS]
+        rows.append([name, *measures(found, name), *trained, asked, change])
+    gap = points_gap(found, "precise", "random")
+    drift = over_problems(found, lambda c: kl(c, "precise") - kl(c, "random"), grouped=False)
+    rows.append(["precise - random", gap, "", signed(drift, 1, 4), *[""] * 5])
+    head = ["trained", *MEASURES, *(f"trained {kind}, %" for kind in OPERATORS.values())]
+    return table([*head, "CommonsenseQA, %", "its change, points"], rows)
+
+
 def shown() -> list[tuple[str, dict[int, Cell], str]]:
     """Variants of the seed of the picture: label, cell, method; those that were not run are out."""
     asked = [("base", "base", "base")]
@@ -248,6 +279,7 @@ def shown() -> list[tuple[str, dict[int, Cell], str]]:
         (f"circuit 5 + 2 MLPs, {n} steps", f"precise {n} steps", "precise")
         for n in (50, 150, 450, 1350)
     ]
+    asked += [("random 5 + 2 MLPs, 1350 steps", "far", "random")]
     asked += [("LoRA", "main", "lora"), ("LoRA, 450 steps", "lora 450 steps", "lora")]
     asked += [("LoRA in 5 heads", "main", "lora_heads"), ("full", "main", "full")]
     found = [(label, cells(name, [SHOWN]), variant) for label, name, variant in asked]
@@ -308,6 +340,10 @@ def sections() -> dict[str, list[str]]:
             {"direct 5": ("direct 5", "precise"), "LoRA": ("main", "lora")},
         )
     made[f"Kinds of problems (seed {SHOWN})"] = kinds_table()
+    if cells("far"):
+        made["The circuit's five heads and two MLPs, 1350 steps, with the control (seed 1)"] = (
+            far_table()
+        )
     return made
 
 

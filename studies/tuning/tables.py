@@ -140,7 +140,6 @@ def main_table() -> list[str]:
     found = cells("main")
     rows = [["base", "0", *measures(cells("base", list(found)), "base"), "", "", ""]]
     for name, facts in next(iter(found.values()))["variants"].items():
-        seconds = np.mean([cell["variants"][name]["seconds"] for cell in found.values()])
         gaps = ["", ""]
         if name != "precise":
             gaps = [
@@ -149,7 +148,13 @@ def main_table() -> list[str]:
             ]
         label = f"**{name}**" if name == "precise" else name
         rows.append(
-            [label, f"{facts['parameters']:,}", *measures(found, name), f"{seconds:.0f}", *gaps]
+            [
+                label,
+                f"{facts['parameters']:,}",
+                *measures(found, name),
+                f"{seconds(found, name):.0f}",
+                *gaps,
+            ]
         )
     gaps = ["precise - it, points, problems; seeds", "KL, precise - it, seeds"]
     return table(["method", "parameters", *MEASURES, "seconds", *gaps], rows)
@@ -187,11 +192,19 @@ def pairs(names: Sequence[str]) -> list[str]:
                 *(name, str(len(found)), str(first["lowest_layer"])),
                 *(values[0][0], values[1][0], points_gap(found, "precise", "random")),
                 *(values[0][2].split()[0], values[1][2].split()[0], signed(pooled, 1, 4) + ends),
+                *(values[0][1], values[1][1]),
+                *(f"{seconds(found, variant):.0f}" for variant in ("precise", "random")),
             ]
         )
     head = ["chosen", "seeds", "lowest layer", "exact match, %", "random's"]
     head += ["difference, points, problems; seeds", "KL", "random's"]
-    return table([*head, "difference of KL, paragraphs; seeds"], rows)
+    head += ["difference of KL, paragraphs; seeds", "perplexity change, %", "random's"]
+    return table([*head, "seconds", "random's"], rows)
+
+
+def seconds(found: dict[int, Cell], variant: str) -> float:
+    """Mean time of training."""
+    return float(np.mean([cell["variants"][variant]["seconds"] for cell in found.values()]))
 
 
 def beside(names: Sequence[str], others: dict[str, tuple[str, str]]) -> list[str]:

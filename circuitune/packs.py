@@ -24,6 +24,9 @@ from circuitune.patching import unembed
 
 # Rotary positions of these kinds change for all texts once one is long.
 STRETCHING = {"dynamic", "longrope"}
+# A long text shares at least this part of itself, or runs alone: behind a cache attention takes a
+# mask, where a whole text has a causal kernel that is twice as fast.
+SHARED_PART = 1 / 16
 # The owner of columns that every text sees.
 STEM = -1
 
@@ -55,6 +58,15 @@ class Texts:
     def shared(self, first: int, stop: int) -> int:
         """How many tokens all texts of a stretch begin with."""
         return min([len(self.rows[first]), *self.common[first + 1 : stop]])
+
+    def alone(self, length: int) -> list[tuple[int, ...]]:
+        """Texts longer than this that share too little with any other to run with it."""
+        shared = [*self.common, 0]  # of a text and the one before it, and of it and the next
+        return [
+            row
+            for place, row in enumerate(self.rows)
+            if len(row) > length and max(shared[place : place + 2]) < SHARED_PART * len(row)
+        ]
 
     def size(self, first: int, stop: int, start: int) -> int:
         """How many tokens of a stretch's tree stand after the first ``start``."""

@@ -289,9 +289,11 @@ class Backend(HFLM):
             [[False] * len(tokens) for tokens in targets],
         )
         with tqdm(total=len(asking), disable=disable_tqdm, desc="Scoring texts") as bar:
-            if asking:
-                texts = Texts.of(list(asking))
-                self._score(texts, (0, len(texts.rows)), Columns(), tally, bar)
+            alone = Texts.of(list(asking)).alone(self.batch_tokens)
+            for row in alone:
+                self._score_pack(Texts.of([row]), [0], Columns(), tally, bar)
+            if rest := list(asking.keys() - set(alone)):
+                self._score(Texts.of(rest), (0, len(rest)), Columns(), tally, bar)
         answers = {number: tally.answer(number) for row in asking.values() for number in row}
         for number, answer in answers.items():
             if requests[number][0] is not None:

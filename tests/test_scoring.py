@@ -307,6 +307,28 @@ def test_an_answer_runs_each_token_once(tiny: Callable[..., Model]) -> None:
 # ---------------------------------------------------------------------------------------- packs
 
 
+def test_a_long_text_that_shares_little_runs_alone(
+    tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long, other, kin = (tuple(range(n, n + 40)) for n in (50, 100, 150))
+    texts = [(1, *long), (1, *other), (2, *kin), (2, *kin, 3), (1, 5)]
+    assert Texts.of(texts).alone(20) == [(1, *long), (1, *other)]
+    assert Texts.of(texts).alone(41) == []
+    assert Texts.of([]).alone(0) == []
+    packs: list[Pack] = []
+
+    def noting(model: Model, columns: Columns, pack: Pack) -> torch.Tensor:
+        packs.append(pack)
+        return run(model, columns, pack)
+
+    lm = backend(tiny("llama"), batch_tokens=20)
+    monkeypatch.setattr("circuitune.scoring.run", noting)
+    lm._loglikelihood_tokens([(None, list(text), [9]) for text in texts], disable_tqdm=True)
+    whole = [tuple(pack.tokens) for pack in packs if pack.places[0] == 0]
+    assert whole[:2] == [(1, *long), (1, *other)]
+    assert all(pack.visible is None for pack in packs[:2])
+
+
 def test_texts_share_what_they_begin_with() -> None:
     texts = Texts.of([(1, 2, 3), (1, 2), (4,), (1, 2, 3, 5), (1, 7)])
     assert texts.rows == [(1, 2), (1, 2, 3), (1, 2, 3, 5), (1, 7), (4,)]

@@ -50,7 +50,7 @@ STEPS, BATCH = 100, 8
 TEXTS = {"addsub": 160, "singleeq": 160, "svamp": 200, "gsm8k": 120}
 # Questions that are asked of a task, the same for all; AddSub has 192.
 LIMITS = {"addsub": 200, "singleeq": 200, "svamp": 200, "gsm8k": 100}
-# The first two are those of the paper; small models answer them with always the same letter.
+# The first two are asked by letters, as in the paper, where small models are no better than chance.
 LIMITS |= {"commonsense_qa": 300, "mmlu": 100, "commonsense_qa_text": 1221, "bbh": 600}
 
 Options = dict[str, Any]

@@ -264,7 +264,7 @@ def share(text: str, minus: str | None = None) -> str:
 
 def far_table() -> list[str]:
     """One long training and its control: held-out and trained problems, drift, commonsense."""
-    (found,) = ({seed: cell} for seed, cell in cells("far").items())
+    found = cells("far", [SHOWN])
     (cell,) = found.values()
     base = cell["variants"]["base"]
     rows = []
@@ -353,10 +353,11 @@ def sections() -> dict[str, list[str]]:
             {"direct 5": ("direct 5", "precise"), "LoRA": ("main", "lora")},
         )
     made[f"Kinds of problems (seed {SHOWN})"] = kinds_table()
-    if cells("far"):
-        made["The circuit's five heads and two MLPs, 1350 steps, with the control (seed 1)"] = (
-            far_table()
+    if cells("far", [SHOWN]):
+        title = (
+            f"The circuit's five heads and two MLPs, 1350 steps, with the control (seed {SHOWN})"
         )
+        made[title] = far_table()
     return made
 
 

@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,14 @@ class Answered:
         kinds: task -> ``math`` or ``retention``.
         main: task -> its main metric.
         missing: task -> why it was not asked, in a sentence.
+        chance: task -> what guessing scores by the main metric, for tasks with choices.
     """
 
     samples: pd.DataFrame
     kinds: dict[str, str]
     main: dict[str, str]
     missing: dict[str, str]
+    chance: dict[str, float] = field(default_factory=dict)
 
 
 def named_tasks(suite: str) -> tuple[str, ...]:
@@ -139,6 +141,7 @@ def ask_suite(
         kinds={file.name: file.kind for file in files if file.name not in missing},
         main={file.name: file.metrics[0] for file in files if file.name not in missing},
         missing=missing,
+        chance={file.name: file.chance for file in files if 0 < file.chance < 1},
     )
 
 
@@ -272,14 +275,17 @@ def suite_records(answered: Answered, *, seed: int) -> list[dict[str, Any]]:
     """Scores of every variant, and all paired differences, for ``eval.json``.
 
     Holm's correction runs over the tasks of a pair of variants. A retention task has ``not_worse``
-    against the base: whether a loss of `MARGIN` is excluded.
+    against the base: whether a loss of `MARGIN` is excluded. A score has ``chance``, that of
+    guessing, where there are choices: a base that is no better has nothing to lose.
     """
     found = scores_of(answered.samples, seed=seed)
     records = []
     for (task, metric, name), own in found.items():
         value = _shown(metric, score([own], seed=seed), difference=False)
-        kind = {"kind": answered.kinds[task]}
-        records.append(_record(task, name, metric, value, len(own.ids)) | kind)
+        facts: dict[str, Any] = {"kind": answered.kinds[task]}
+        if task in answered.chance and metric == answered.main[task]:
+            facts["chance"] = answered.chance[task]
+        records.append(_record(task, name, metric, value, len(own.ids)) | facts)
     for first, second in combinations(dict.fromkeys(answered.samples["variant"]), 2):
         pair = (second, first) if first == "base" else (first, second)
         records += _differences(answered, found, *pair, seed=seed)

@@ -1,8 +1,11 @@
 """What the grids of this folder share: the located run, the text, and how a result is kept."""
 
+import fcntl
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,22 @@ def located_run(model: str, folder: Path) -> Path:
         words = ["locate", model, "--out", str(folder)]
         subprocess.run([sys.executable, "-m", "circuitune", *words], check=True)
     return folder
+
+
+@contextmanager
+def claimed(target: Path, folder: Path) -> Iterator[bool]:
+    """Whether a cell is ours to run: not finished, and run by no other process.
+
+    The claim is a lock on a file beside the cell's folder, which falls when its process ends.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield not target.is_file()
 
 
 def paragraphs(data_dir: Path) -> list[str]:

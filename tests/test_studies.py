@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -174,3 +176,25 @@ def test_the_papers_table_shows_what_was_planted(planted: ModuleType) -> None:
     assert "| 25.4, 45.1 |" in page  # the paper's row of 8 heads
     assert "full SFT" not in page.partition("## The paper's")[0].partition("## SmolLM2")[2]
     assert planted.picture("smollm2").count("<circle") == 2 * 3  # in the picture, and in the list
+
+
+def test_a_cell_is_run_by_one_process_at_a_time(tmp_path: Path) -> None:
+    sys.path.append(str(ROOT / "studies"))
+    from grids import claimed
+
+    target, folder = tmp_path / "results" / "full-1.json", tmp_path / "runs" / "full-1"
+    with claimed(target, folder) as first:
+        assert first
+        other = (
+            "import sys; from pathlib import Path; from grids import claimed\n"
+            "with claimed(*map(Path, sys.argv[1:])) as ours: print(ours)"
+        )
+        words = [sys.executable, "-c", other, str(target), str(folder)]
+        said = subprocess.run(
+            words, cwd=ROOT / "studies", check=True, capture_output=True, text=True
+        )
+        assert said.stdout.strip() == "False"
+    target.parent.mkdir()
+    target.write_text("{}")
+    with claimed(target, folder) as again:
+        assert not again

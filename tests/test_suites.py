@@ -16,6 +16,7 @@ from circuitune.errors import UserError
 from circuitune.models import Model, load
 from circuitune.report import write_report
 from circuitune.report.benchmarks import benchmarks
+from circuitune.report.format import MISSING
 from circuitune.report.load import load as load_run
 from circuitune.suites import (
     COLUMNS,
@@ -132,6 +133,7 @@ def test_a_model_is_asked_and_its_table_printed(
     assert {task for task, metric in by if by[task, metric].get("kind")} == asked
     assert "mmlu" in by["mmlu", "missing"]["reason"]
     assert by["bbh", "acc_norm"]["n"] == 2
+    assert by["commonsense_qa", "acc"]["chance"] == 0.2
     # The tiny model has 64 positions, and GSM8K may take 256 for an answer.
     assert "256 new tokens of the 64 positions" in by["gsm8k", "missing"]["reason"]
     assert by["wikitext", "word_perplexity"]["value"] > 1
@@ -293,3 +295,31 @@ def test_many_variants_stand_one_below_the_other(tmp_path: Path) -> None:
     assert "precise - full" in pairs
     assert "full - lora" not in pairs
     assert "All pairs of variants are in eval.json." in tables.differences.note
+
+
+def test_a_base_that_guesses_is_told_from_one_that_knows(tmp_path: Path) -> None:
+    """Of 40 questions with two choices 20 are right, of those with five choices 24."""
+    run = write_run(tmp_path / "run")
+    half, most = np.arange(40) < 20, np.arange(40) < 24
+    values = {
+        "bbh": {"base": half, "precise": half},
+        "commonsense_qa": {"base": most, "precise": most},
+        "svamp": {"base": half, "precise": most},
+    }
+    kinds = dict.fromkeys(values, "retention") | {"svamp": "math"}
+    chance = {"bbh": 0.5, "commonsense_qa": 0.2}
+    found = Answered(frame_of(values), kinds, dict.fromkeys(kinds, "exact_match"), {}, chance)
+    records = suite_records(found, seed=0)
+    assert {r["task"]: r["chance"] for r in records if "chance" in r} == chance
+    (run / "eval.json").write_text(json.dumps(records))
+    tables = benchmarks(load_run(run).benchmarks)
+    assert [column.label for column in tables.scores.columns][3] == "Guessing"
+    scores = {str(line.cells[0]): str(line.cells[3]) for line in tables.scores.rows}
+    assert scores == {"BIG-Bench Hard": "50.0 %", "CommonsenseQA": "20.0 %", "SVAMP": MISSING}
+    judged = {str(line.cells[1]): str(line.cells[4]) for line in tables.differences.rows}
+    assert judged == {
+        "BIG-Bench Hard": "not shown, base at guessing",
+        "CommonsenseQA": "not shown",
+        "SVAMP": "",
+    }
+    assert "can hardly get worse" in tables.differences.note

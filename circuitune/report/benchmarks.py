@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from circuitune.report import format as fmt
+from circuitune.report.estimate import Estimate
 from circuitune.report.format import MISSING, Cell
 from circuitune.report.records import Evaluation
 from circuitune.report.tables import Row, Table, columns, row
@@ -48,19 +49,22 @@ def _scores(records: Sequence[Evaluation]) -> Table:
     by = {(r.task, r.metric, r.variant): r for r in plain}
     rows: list[Row] = []
     tall = len(variants) > WIDEST
+    choices = any(record.chance is not None for record in plain)
     for task, metric in dict.fromkeys((r.task, r.metric) for r in plain):
         found = [by.get((task, metric, name)) for name in variants]
         cells = [Cell(MISSING) if r is None else _score(r) for r in found]
         size = max((r.n for r in found if r is not None), default=0)
+        chance = next((r.chance for r in found if r is not None), None)
         start = (fmt.task_name(task), metric_name(metric), fmt.count(size))
+        if choices:
+            start += (MISSING if chance is None else fmt.percent(Estimate(chance), digits=1),)
         if tall:
             rows += [row(*start, *pair) for pair in zip(variants, cells, strict=True)]
         else:
             rows.append(row(*start, *cells))
     left = ["Task", "Score", "Variant"]
-    heads = columns(
-        *left[:2], "Questions", *(["Variant", "Value"] if tall else variants), left=left
-    )
+    counts = ["Questions", "Guessing"] if choices else ["Questions"]
+    heads = columns(*left[:2], *counts, *(["Variant", "Value"] if tall else variants), left=left)
     return Table("Benchmarks", heads, tuple(rows), "95 % intervals over questions.")
 
 
@@ -70,10 +74,13 @@ def _differences(records: Sequence[Evaluation]) -> Table | None:
     pairs = [record for record in records if BETWEEN in record.variant]
     names = {name for record in pairs for name in _sides(record)}
     shown = [r for r in pairs if CHIEF not in names or {"base", CHIEF} & set(_sides(r))]
+    guessed = {record.task for record in records if record.variant == "base" and guessing(record)}
     for record in shown:
         p = "" if record.p_holm is None else fmt.p_value(record.p_holm)
         judged = {None: "", True: "yes", False: "not shown"}[record.not_worse]
         task = fmt.task_name(record.task)
+        if judged and record.task in guessed:
+            judged += ", base at guessing"
         rows.append(row(record.variant, task, _difference(record), p, judged))
     if not rows:
         return None
@@ -82,9 +89,17 @@ def _differences(records: Sequence[Evaluation]) -> Table | None:
         "Paired by question. p: exact McNemar or sign flips, Holm over the tasks of a pair of "
         "variants. Not worse by a point: the interval's lower end is above -1 point."
     )
+    if guessed:
+        note += " At guessing: the base is not shown to beat it, so the task can hardly get worse."
     note += " All pairs of variants are in eval.json." if len(shown) < len(pairs) else ""
     heads = columns("Variants", "Task", "Difference", "p", words[2], left=words)
     return Table("Differences", heads, tuple(rows), note)
+
+
+def guessing(record: Evaluation) -> bool:
+    """Whether a score is not shown to be above that of guessing."""
+    low = record.estimate.low
+    return record.chance is not None and low is not None and low <= record.chance
 
 
 def _sides(record: Evaluation) -> list[str]:

@@ -340,6 +340,7 @@ def _evaluation(item: Item) -> Evaluation:
         kind=str(item.values.get("kind", "")),
         p_holm=item.optional_number("p_holm"),
         not_worse=not_worse if isinstance(not_worse, bool) else None,
+        chance=item.optional_number("chance"),
         reason=item.text("reason") if absent else "",
     )
 

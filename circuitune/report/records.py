@@ -241,8 +241,9 @@ class Evaluation:
     """One measured number of one model variant, or of a difference of two, over `n` examples.
 
     Of a benchmark `kind` is `math` or `retention`, and a difference has its corrected p value and
-    whether the first variant is shown not to be worse than the second. A benchmark that was not
-    asked has the metric `missing` and a reason.
+    whether the first variant is shown not to be worse than the second. `chance` is what guessing
+    scores where there are choices. A benchmark that was not asked has the metric `missing` and a
+    reason.
     """
 
     task: str
@@ -254,6 +255,7 @@ class Evaluation:
     p_holm: float | None = None
     not_worse: bool | None = None
     reason: str = ""
+    chance: float | None = None
 
 
 @dataclass(frozen=True)

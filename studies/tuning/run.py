@@ -33,7 +33,7 @@ from circuitune.suites import Questions, ask_suite
 from circuitune.tune import tune
 
 sys.path.append(str(Path(__file__).parents[1]))
-from grids import keep, linked, located_run, paragraphs, rounded
+from grids import claimed, keep, linked, located_run, paragraphs, rounded
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -184,10 +184,12 @@ def main() -> None:
         for part in given.rows.split(","):
             cells |= GRID[part]
         for name, options in cells.items():
-            target = RESULTS / f"{name.replace(' ', '_')}-{seed}.json"
-            if not target.is_file():
-                logging.info("%s, seed %d", name, seed)
-                keep(target, cell(bench, name, options | {"seed": seed}))
+            stem = f"{name.replace(' ', '_')}-{seed}"
+            target = RESULTS / f"{stem}.json"
+            with claimed(target, given.runs / stem) as ours:
+                if ours:
+                    logging.info("%s, seed %d", name, seed)
+                    keep(target, cell(bench, name, options | {"seed": seed}))
 
 
 if __name__ == "__main__":

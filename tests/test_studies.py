@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,18 +165,38 @@ def test_the_papers_table_shows_what_was_planted(planted: ModuleType) -> None:
     found = planted.gain("smollm2", "precise", "base")
     assert found.low < 0.2 < found.high
     assert found.estimate == pytest.approx(0.2, abs=0.03)
-    base, random = planted.differences(
-        "smollm2", minus=[("precise", "base"), ("precise", "random")]
-    )[2:]
+    lines = planted.differences("smollm2", minus=[("precise", "base"), ("precise", "random")])
+    base, random, base_kept, random_kept = (line for line in lines if "| precise" in line)
     assert base.count("\\*") == random.count("\\*") == len(planted.MATH)
-    assert base.count("(not worse)") == len(planted.KEPT)
-    assert "not worse" not in random
+    assert "\\*" not in base_kept + random_kept
+    assert base_kept.count("(not worse)") == len(planted.KEPT)
+    assert "not worse" not in base + random + random_kept
     page = planted.page("What held.")
-    assert page.count("| precise, 32 heads | 3 |") == 1
+    assert page.count("| base |  |") == page.count("| guessing |  | 25.0 |") + 1 == 2
+    assert page.count("| precise, 32 heads | 3 |") == 2  # what it gains, what it keeps
     assert "0.0008 [" in page  # 0.04 of 50 tokens
-    assert "| 25.4, 45.1 |" in page  # the paper's row of 8 heads
+    for paper in ("25.4", "45.1"):  # GSM8K and MMLU of 8 heads
+        assert (
+            sum(
+                line.startswith("| 8 heads | 1 |") and line.endswith(f" {paper} |")
+                for line in page.splitlines()
+            )
+            == 1
+        )
     assert "full SFT" not in page.partition("## The paper's")[0].partition("## SmolLM2")[2]
     assert planted.picture("smollm2").count("<circle") == 2 * 3  # in the picture, and in the list
+
+
+def test_the_papers_page_is_that_of_its_results() -> None:
+    tables = tables_of(PAPER)
+    words = (PAPER / "words.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert page == tables.page(words)
+    assert (ROOT / "docs" / tables.PICTURE).read_text("utf-8") == tables.picture("smollm2")
+    numbers = page.replace(words.strip(), "")
+    said = re.findall(r"[+-]?[0-9.]+(?: points)? \[[^]]+\]", " ".join(words.split()))
+    assert len(said) > 2
+    assert [text for text in said if text.replace(" points", "") not in numbers] == []
 
 
 def test_a_cell_is_run_by_one_process_at_a_time(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ speaks of another seed and of other questions of the same kind (`circuitune.comp
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,11 @@ PAPER_ABLATIONS = {
     "32 heads + all MLPs": ("29.2", "43.9"),
 }
 
+# Score of guessing, of lm-eval's tasks: a letter of four or five; in BBH a mean over its questions.
+GUESSING = {"mmlu": 0.25, "commonsense_qa": 0.2, "commonsense_qa_text": 0.2, "bbh": 0.471}
+
 Cell = dict[str, Any]
+Kind = Callable[[str, str, dict[int, Cell]], list[str]]
 
 
 def cells(model: str, name: str) -> dict[int, Cell]:
@@ -121,9 +125,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def all_tasks(found: dict[int, Cell], base: dict[int, Cell], name: str) -> list[str]:
-    """Accuracy of every task, drift and cost."""
-    values = [percent(score(scores(found, name, task))) for task in (*MATH, *KEPT)]
+def calculating(model: str, name: str, found: dict[int, Cell]) -> list[str]:
+    """Gain over the base in the mean of the sets that calculate, and accuracy of each."""
+    first = "" if name == "base" else percent(gain(model, name, "base"), sign=True)
+    return [first, *(percent(score(scores(found, name, task))) for task in MATH)]
+
+
+def keeping(model: str, name: str, found: dict[int, Cell]) -> list[str]:
+    """Accuracy of what tuning must not change, drift and cost."""
+    values = [percent(score(scores(found, name, task))) for task in KEPT]
     if name == "base":
         return [*values, "0", "0", "", ""]
     kl = score(drifts(found, name))
@@ -132,27 +142,43 @@ def all_tasks(found: dict[int, Cell], base: dict[int, Cell], name: str) -> list[
     return [
         *values,
         f"{kl.estimate:.4f} [{kl.low:.4f}, {kl.high:.4f}]",
-        f"{perplexity(found, base[0]):+.2f}",
+        f"{perplexity(found, cells(model, 'base')[0]):+.2f}",
         f"{first['parameters']:,}",
         f"{seconds:.0f}",
     ]
 
 
-def accuracies(
-    model: str, rows: dict[str, str], *, seeds: Sequence[int] | None = None
-) -> list[str]:
-    """Every variant on every task."""
-    base = cells(model, "base")
-    made = []
+COLUMNS = {
+    calculating: ("gain, mean of five", *(f"{TITLES[task]}, %" for task in MATH)),
+    keeping: (
+        *(f"{TITLES[task]}, %" for task in KEPT),
+        *("KL, nats a token", "perplexity, %", "parameters", "seconds"),
+    ),
+}
+
+
+def rows_of(
+    model: str, rows: dict[str, str], kind: Kind, *, seeds: Sequence[int] | None = None
+) -> dict[str, list[str]]:
+    """Label of every variant that has results -> its row, the label in front."""
+    made = {}
     for name, label in rows.items():
         found = cells(model, name)
         if seeds is not None and name != "base":
             found = {seed: cell for seed, cell in found.items() if seed in seeds}
         if found:
             count = "" if name == "base" else str(len(found))
-            made.append([label, count, *all_tasks(found, base, name)])
-    head = ["trained", "seeds", *(f"{TITLES[task]}, %" for task in (*MATH, *KEPT))]
-    return table([*head, "KL, nats a token", "perplexity, %", "parameters", "seconds"], made)
+            made[label] = [label, count, *kind(model, name, found)]
+    return made
+
+
+def variants(model: str) -> list[str]:
+    """Two tables: what is gained; what is kept and what it costs, guessing in the first row."""
+    first = ("trained", "seeds")
+    gained = table([*first, *COLUMNS[calculating]], [*rows_of(model, ROWS, calculating).values()])
+    guessing = ["guessing", "", *(f"{100 * GUESSING[task]:.1f}" for task in KEPT), *[""] * 4]
+    kept = rows_of(model, ROWS, keeping).values()
+    return [*gained, "", *table([*first, *COLUMNS[keeping]], [guessing, *kept])]
 
 
 def gain(model: str, one: str, two: str) -> Interval:
@@ -165,8 +191,8 @@ def gain(model: str, one: str, two: str) -> Interval:
 
 
 def differences(model: str, *, minus: Sequence[tuple[str, str]]) -> list[str]:
-    """Paired differences by task, Holm's correction over the tasks of a row."""
-    rows = []
+    """Two tables of paired differences, Holm's correction over all tasks of a pair."""
+    gained, kept = [], []
     for one, two in minus:
         ours, theirs = cells(model, one), cells(model, two)
         if not ours or not theirs:
@@ -185,12 +211,18 @@ def differences(model: str, *, minus: Sequence[tuple[str, str]]) -> list[str]:
         shown = []
         for result in found:
             star = "\\*" if result.p_holm < 0.05 else ""
-            kept = {True: " (not worse)", False: " (not shown)", None: ""}[result.non_inferior]
-            shown.append(percent(result.difference, sign=True) + star + kept)
+            judged = {True: " (not worse)", False: " (not shown)", None: ""}[result.non_inferior]
+            shown.append(percent(result.difference, sign=True) + star + judged)
         label = f"{ROWS[one]} - {ROWS[two]}"
-        rows.append([label, percent(gain(model, one, two), sign=True), *shown])
-    head = ["difference, points", "mean of five", *(TITLES[task] for task in (*MATH, *KEPT))]
-    return table(head, rows)
+        mean = percent(gain(model, one, two), sign=True)
+        gained.append([label, mean, *shown[: len(MATH)]])
+        kept.append([label, *shown[len(MATH) :]])
+    first = "difference, points"
+    return [
+        *table([first, "mean of five", *(TITLES[task] for task in MATH)], gained),
+        "",
+        *table([first, *(TITLES[task] for task in KEPT)], kept),
+    ]
 
 
 def paper_tables() -> list[str]:
@@ -201,12 +233,13 @@ def paper_tables() -> list[str]:
 
 def ablations(model: str) -> list[str]:
     """Numbers of heads and MLPs of one seed, the paper's GSM8K and MMLU beside them."""
-    lines = accuracies(model, ABLATIONS, seeds=[SEED])
-    made = [lines[0] + " paper: GSM8K, MMLU |", lines[1] + "---|"]
-    for line in lines[2:]:
-        label = line.split(" | ")[0].removeprefix("| ")
-        made.append(line + f" {', '.join(PAPER_ABLATIONS[label])} |")
-    return made
+    made: list[str] = []
+    for place, (kind, title) in enumerate({calculating: "GSM8K", keeping: "MMLU"}.items()):
+        rows = rows_of(model, ABLATIONS, kind, seeds=[SEED])
+        beside = [[*row, PAPER_ABLATIONS[label][place]] for label, row in rows.items()]
+        head = ["trained", "seeds", *COLUMNS[kind], f"paper: {title}, %"]
+        made += [*table(head, beside), ""]
+    return made[:-1]
 
 
 def picture(model: str) -> str:
@@ -245,8 +278,9 @@ random heads of the same layers, seeds, and an interval on every number. Each me
 same 800 texts, 100 steps of 8: drawn problems of the training parts of AddSub (160), SingleEq
 (160), SVAMP (200) and GSM8K (120), and 160 generated + - x. All answer the same questions of the
 test parts. Intervals take questions and seeds as samples; one seed has an interval over questions
-alone. A star: p below 0.05, Holm's correction over the row. *Not worse*: the interval lies above
--1 point. Perplexity is the change on WikiText-2. Seconds are those of one thread of a busy machine.
+alone. A star: p below 0.05, Holm's correction over the nine tasks of a pair. *Not worse*: the
+interval lies above -1 point. Perplexity is the change on WikiText-2. Seconds are those of one
+thread of a busy machine, in float32. CSQA is CommonsenseQA, BBH is BIG-Bench Hard.
 """
 
 
@@ -256,7 +290,7 @@ def page(words: str) -> str:
     for model, title in MODELS.items():
         if not cells(model, "base"):
             continue
-        parts.append(f"## {title}\n\n" + "\n".join(accuracies(model, ROWS)) + "\n")
+        parts.append(f"## {title}\n\n" + "\n".join(variants(model)) + "\n")
         parts.append("Differences, paired by question:\n")
         parts.append("\n".join(differences(model, minus=PAIRS)) + "\n")
     parts.append("## The paper's\n\n" + "\n".join(paper_tables()) + "\n")

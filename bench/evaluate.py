@@ -75,11 +75,10 @@ def asked(
 
 def apart(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """How two backends differ on the same documents."""
-    outcomes = answers = documents = 0
+    outcomes = answers = 0
     nats = 0.0
     for name, rows in ours["samples"].items():
         for one, two in zip(rows, other["samples"][name], strict=True):
-            documents += 1
             outcomes += any(not same(one[metric], two[metric]) for metric in one["metrics"])
             for a, b in zip(flat(one["resps"]), flat(two["resps"]), strict=True):
                 if isinstance(a, str):
@@ -88,7 +87,7 @@ def apart(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
                     nats = max(nats, abs(a - b))
     scores = ours["scores"]
     return {
-        "documents": documents,
+        "documents": sum(len({row["doc_id"] for row in rows}) for rows in ours["samples"].values()),
         "outcomes_that_differ": outcomes,
         "answers_that_differ": answers,
         "largest_difference_nats": nats,

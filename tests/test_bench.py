@@ -231,3 +231,21 @@ def test_steps_of_tuning_cost_less_with_the_cache_and_lose_the_same() -> None:
     assert table["precise"]["faster_than_full_rounds"] == [1.0, 1.0]
     assert table["precise"]["fewer_flops_than_lora"] > table["precise"]["fewer_flops_than_full"] > 1
     assert table["full"]["state_share_of_full"] == 1
+
+
+def test_the_scores_beside_lm_evals_own_are_those_written() -> None:
+    """Every task with 100 questions or three articles, no difference, and the factors in words."""
+    found = json.loads((BENCH / "evaluate.json").read_text(encoding="utf-8"))["tasks"]
+    asked = {task: row["ours"]["beside_hflm-1"] for task, row in found.items()}
+    assert {task for task, row in asked.items() if row["documents"] >= 100} == {
+        *("svamp", "gsm8k", "commonsense_qa", "mmlu", "bbh")
+    }
+    assert asked["wikitext"]["documents"] == 3
+    for row in asked.values():
+        assert row["outcomes_that_differ"] == row["answers_that_differ"] == 0
+        assert row["largest_difference_of_scores"] == 0
+    order = ("svamp", "gsm8k", "commonsense_qa", "mmlu", "bbh", "wikitext")
+    factors = [found[task]["ours"]["faster_than_hflm-1"]["seconds"] for task in order]
+    words = [f"{factor + 1e-9:.1f}" for factor in factors]
+    page = (BENCH.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert f"takes {', '.join(words[:-1])} and {words[-1]} times as long" in " ".join(page.split())

@@ -286,8 +286,9 @@ def training_precision(model: Model, wanted: str) -> torch.dtype:
         if model.device.type == "cuda":
             fast = torch.cuda.is_bf16_supported()
         else:
-            # A private probe, and absent from some builds: without it, stay with float32.
-            fast = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+            # Private probes, and absent from some builds: without them, stay with float32.
+            probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+            fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
         return torch.bfloat16 if fast else torch.float32
     if wanted not in ("float32", "bfloat16"):
         raise UserError(f"precision must be float32, bfloat16 or auto, found {wanted!r}.")

@@ -11,9 +11,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores, also
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("untimed")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 # The file that takes as long as all others on one core; started last, it would run alone.

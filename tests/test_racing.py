@@ -224,7 +224,7 @@ def test_a_rare_effect_needs_a_larger_first_block() -> None:
     assert missed[1] == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     rows=st.integers(1, 20),
@@ -241,7 +241,7 @@ def test_confidence_near_one_gives_the_full_ranking(
     assert chosen(result) == full(values, k)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=arrays(float, (6, FIRST), elements=st.floats(-1e6, 1e6)),
     k=st.integers(1, 6),

@@ -161,7 +161,7 @@ def test_a_constant_row_gives_exactly_zero_width():
     assert interval == Interval(0.1, 0.1, 0.1, n=7)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(values=matrices, seed=st.integers(0, 99))
 def test_permuted_rows_permute_intervals(values: np.ndarray, seed: int):
     order = generator(seed).permutation(len(values))
@@ -170,7 +170,7 @@ def test_permuted_rows_permute_intervals(values: np.ndarray, seed: int):
     np.testing.assert_allclose(permuted, straight[order], rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(values=matrices, shift=finite, scale=st.floats(0.01, 100))
 def test_intervals_follow_shift_scale_and_sign(values: np.ndarray, shift: float, scale: float):
     def measure(rows: np.ndarray) -> np.ndarray:
@@ -198,7 +198,7 @@ def test_proportion_equals_scipy_wilson(successes: int, n: int, level: float):
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-12, abs=1e-15)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(n=st.integers(2, 60), hit=st.booleans())
 def test_clustered_proportion_without_variation_is_the_wilson_interval(n: int, hit: bool):
     interval = stats.clustered_proportion(np.full(n, hit), rng=generator(), draws=20)
@@ -383,14 +383,14 @@ def test_holm_by_hand():
     np.testing.assert_allclose(stats.holm(np.array([0.6, 0.7])), [1.0, 1.0])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(p=p_values)
 def test_benjamini_hochberg_equals_scipy(p: np.ndarray):
     theirs = scipy_stats.false_discovery_control(p, method="bh")
     np.testing.assert_allclose(stats.benjamini_hochberg(p), theirs, rtol=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(p=p_values, seed=st.integers(0, 99))
 def test_corrections_keep_order_and_never_lower_p(p: np.ndarray, seed: int):
     holm, bh = stats.holm(p), stats.benjamini_hochberg(p)

@@ -58,7 +58,8 @@ def test_effects_from_disk_equal_effects_in_memory(family: str, tmp_path: Path) 
     parts = load(str(folder), device="cpu", dtype="float64", max_memory="1K")
     assert parts.offloaded
     assert not whole.offloaded
-    assert np.array_equal(effects(parts), effects(whole))
+    # Products round by where in memory a weight begins, on some processors in the last bit.
+    np.testing.assert_allclose(effects(parts), effects(whole), rtol=0, atol=1e-13)
 
 
 def test_rows_in_pieces_change_nothing(tiny: Callable[..., Model], monkeypatch) -> None:

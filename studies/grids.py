@@ -15,10 +15,13 @@ PARAGRAPHS = 200
 
 
 def located_run(model: str, folder: Path) -> Path:
-    """A run with pairs, effects, circuit and graph; located now if it is not there."""
-    if not (folder / "circuit.json").is_file():
-        words = ["locate", model, "--out", str(folder)]
-        subprocess.run([sys.executable, "-m", "circuitune", *words], check=True)
+    """A run with pairs, effects, circuit and graph; located now if no process has."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "circuit.json").is_file():
+            words = ["locate", model, "--out", str(folder)]
+            subprocess.run([sys.executable, "-m", "circuitune", *words], check=True)
     return folder
 
 

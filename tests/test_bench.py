@@ -245,7 +245,7 @@ def test_the_scores_beside_lm_evals_own_are_those_written() -> None:
         assert row["outcomes_that_differ"] == row["answers_that_differ"] == 0
         assert row["largest_difference_of_scores"] == 0
     order = ("svamp", "gsm8k", "commonsense_qa", "mmlu", "bbh", "wikitext")
-    factors = [found[task]["ours"]["faster_than_hflm-1"]["seconds"] for task in order]
-    words = [f"{factor + 1e-9:.1f}" for factor in factors]
+    factors = [found[task]["ours"]["faster_than_hflm-1"]["cpu_seconds"] for task in order]
+    words = [f"{factor:.1f}" for factor in factors]
     page = (BENCH.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
     assert f"takes {', '.join(words[:-1])} and {words[-1]} times as long" in " ".join(page.split())

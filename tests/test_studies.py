@@ -199,8 +199,10 @@ def test_the_papers_page_is_that_of_its_results() -> None:
     assert [text for text in said if text.replace(" points", "") not in numbers] == []
 
 
-def test_a_cell_is_run_by_one_process_at_a_time(tmp_path: Path) -> None:
-    sys.path.append(str(ROOT / "studies"))
+def test_a_cell_is_run_by_one_process_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "studies")
     from grids import claimed
 
     target, folder = tmp_path / "results" / "full-1.json", tmp_path / "runs" / "full-1"

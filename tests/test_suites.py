@@ -322,4 +322,4 @@ def test_a_base_that_guesses_is_told_from_one_that_knows(tmp_path: Path) -> None
         "CommonsenseQA": "not shown",
         "SVAMP": "",
     }
-    assert "can hardly get worse" in tables.differences.note
+    assert "has little to lose" in tables.differences.note

@@ -90,7 +90,7 @@ def _differences(records: Sequence[Evaluation]) -> Table | None:
         "variants. Not worse by a point: the interval's lower end is above -1 point."
     )
     if guessed:
-        note += " At guessing: the base is not shown to beat it, so the task can hardly get worse."
+        note += " At guessing: the base is not shown to beat it, so it has little to lose."
     note += " All pairs of variants are in eval.json." if len(shown) < len(pairs) else ""
     heads = columns("Variants", "Task", "Difference", "p", words[2], left=words)
     return Table("Differences", heads, tuple(rows), note)

@@ -2,8 +2,9 @@
 
 What trains is a list of parameters that are attached to a frozen model. Backward stops at the
 lowest trained layer; what enters it comes from the cache (`circuitune.prefix`), or the layers
-below run without gradients. Logits exist at supervised positions only. Dropout is off: the base
-stays in evaluation mode.
+below run without gradients. Logits exist at supervised positions only. A batch of unlike lengths
+runs in groups of like ones, and no token after the last supervised one of its text runs. Dropout is
+off: the base stays in evaluation mode.
 
 The loss of a step is a sum over supervised tokens divided by their number in the whole step,
 whatever the lengths, the number of pieces (``accumulate``) and of processes. With ``keep``, the
@@ -25,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from circuitune import ranks
 from circuitune.examples import IGNORED, Example
 from circuitune.models import Model
 from circuitune.pairs import pad
@@ -34,6 +36,8 @@ from circuitune.sites import resume, states_entering, substitute
 
 TEXT_ROWS = 3  # rows of plain text per step
 LOGIT_ROWS = 2048  # rows of logits over the whole vocabulary whose gradients are kept at once
+# What a further forward and backward pass costs, in tokens; a GPU waits for its launch.
+PASS_TOKENS = {"cpu": 32, "other": 2048}
 
 
 @dataclass(frozen=True)
@@ -166,12 +170,32 @@ class Supervised(nn.Module):
         home, tokens, labels = labels.device, *(x.to(model.device) for x in (input_ids, labels))
         chosen = labels != IGNORED
         count = chosen.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = self._surprise(self._final_states(tokens, hidden)[chosen], labels[chosen])
-        loss = loss.to(home) / count
+        states, wanted = [], []
+        for rows_alike, length in self._groups(chosen):
+            entering = None if hidden is None else hidden[rows_alike, :length]
+            found = self._final_states(tokens[rows_alike, :length], entering)
+            here = chosen[rows_alike, :length]
+            states.append(found[here])
+            wanted.append(labels[rows_alike, :length][here])
+        loss = self._surprise(torch.cat(states), torch.cat(wanted)).to(home) / count
         if self._config.keep and rows is not None:
             per_step = min(TEXT_ROWS, self._config.batch_size)
             loss = loss + self._config.keep * self._divergence(rows).to(home) / per_step
         return {"loss": loss}
+
+    def _groups(self, chosen: Tensor) -> list[tuple[list[int], int]]:
+        """Rows of a batch that run together, and how many of their tokens.
+
+        Of several processes each runs its whole share at once: where weights are sharded, all must
+        run equally many passes.
+        """
+        numbers = torch.arange(1, chosen.shape[1] + 1, device=chosen.device)
+        lengths = (chosen * numbers).amax(dim=1).tolist()
+        if ranks.world() > 1:
+            return [(list(range(len(lengths))), max(lengths))]
+        kind = "cpu" if chosen.device.type == "cpu" else "other"
+        groups = alike(lengths, PASS_TOKENS[kind])
+        return [(rows, max(lengths[row] for row in rows)) for rows in groups]
 
     def _surprise(self, states: Tensor, labels: Tensor) -> Tensor:
         """Summed cross entropy; of many rows, logits are made again in the backward pass."""
@@ -258,6 +282,27 @@ class Course:
         size = self.config.batch_size
         places = self.order[steps.start * size : steps.stop * size]
         return sum(len(self.data.examples[place].tokens) - 1 for place in places)
+
+
+def alike(lengths: Sequence[int], cost: int) -> list[list[int]]:
+    """Places in groups of like length, so that all tokens, with padding, cost least.
+
+    Args:
+        lengths: of the texts, in tokens.
+        cost: of one more group, in tokens.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
+    # Of the shortest texts, for each number of them: their cost, and where the last group begins.
+    least, begins = [0], [0]
+    for stop, place in enumerate(order, start=1):
+        costs = [least[start] + (stop - start) * lengths[place] for start in range(stop)]
+        begins.append(min(range(stop), key=costs.__getitem__))
+        least.append(costs[begins[-1]] + cost)
+    groups, stop = [], len(order)
+    while stop:
+        groups.append(order[begins[stop] : stop])
+        stop = begins[stop]
+    return groups[::-1]
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -95,15 +95,6 @@ def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return [[rng.randrange(256) for _ in range(length)] for length in lengths]
 
 
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms and softmax of most models round to float32; here they keep float64.
-
-    The identities are statements about the arithmetic, and hold to 1e-9 only without rounding.
-    """
-    monkeypatch.setattr(torch, "float32", torch.float64)
-
-
 @EACH
 @pytest.mark.usefixtures("exact")
 def test_fast_sweep_equals_one_forward_per_component(case: str) -> None:

@@ -90,12 +90,6 @@ def with_values(model: Model, deltas: dict[Slice, Tensor]) -> Iterator[dict[Slic
         yield views
 
 
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms, softmax and deltas round to float32; here they keep float64."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-
-
 # ------------------------------------------------------------------------------ what a head owns
 
 

@@ -151,7 +151,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             for task, own in sure.items()
         }
         drift = [[50, 150.0 + share, share / 10]] * 40
-        return {"hits": hits, "drift": drift, "parameters": 7, "seconds": 60.0}
+        return {"hits": hits, "drift": drift, "parameters": 7, "cpu_seconds": 60}
 
     for name, share in {"base": 0.2, "precise": 0.4, "random": 0.3, "8 heads": 0.35}.items():
         for seed in (0,) if name == "base" else (1, 2, 3):
@@ -175,6 +175,7 @@ def test_the_papers_table_shows_what_was_planted(planted: ModuleType) -> None:
     assert page.count("| base |  |") == page.count("| guessing |  | 25.0 |") + 1 == 2
     assert page.count("| precise, 32 heads | 3 |") == 2  # what it gains, what it keeps
     assert "0.0008 [" in page  # 0.04 of 50 tokens
+    assert page.count("| 7 | 60 |") == 4  # parameters and seconds, also of numbers of heads
     for paper in ("25.4", "45.1"):  # GSM8K and MMLU of 8 heads
         assert (
             sum(

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from circuitune import ranks, training
@@ -25,14 +28,17 @@ from circuitune.models import Model, load
 from circuitune.prefix import text_rows, training_text
 from circuitune.slices import attached, head_slices, mlp_slices, trainable
 from circuitune.supervised import (
+    PASS_TOKENS,
     Course,
     LoopConfig,
     Supervised,
     TrainingSet,
+    alike,
     collate,
     training_set,
 )
 from circuitune.training import LOG, Monitor, Outcome, checkpoints, train
+from tests.test_families import EACH, make
 from tests.test_ranks import launch
 
 HEADS = [Head(2, 1), Head(3, 0)]
@@ -197,6 +203,52 @@ def test_checkpointing_changes_nothing_but_memory(model: Model, data: TrainingSe
     assert same(plainly, gradients(model, data, replace(config, checkpointing=True)))
     assert all(gradient.any() for gradient in plainly)
     assert all("forward" not in model.layer(index).__dict__ for index in range(model.layers))
+
+
+@EACH
+@pytest.mark.usefixtures("exact")
+def test_groups_of_like_length_give_the_gradient_of_one_padded_batch(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All texts at once, padded; those alike together; each alone."""
+    model = make(case)
+    unlike = [
+        Example(e.tokens * times, e.labels * times)
+        for e, times in zip(examples(8), (1, 3, 1, 2, 3, 1, 1, 2), strict=True)
+    ]
+    data, found, passes = TrainingSet(unlike, 1, prefix=True), [], Counter[int]()
+    run = Supervised._final_states
+    for cost in (1000, 10, 0):
+
+        def counted(*args: Any, cost: int = cost) -> Tensor:
+            passes[cost] += 1
+            return run(*args)
+
+        monkeypatch.setattr(Supervised, "_final_states", counted)
+        monkeypatch.setitem(PASS_TOKENS, "cpu", cost)
+        with attached(model, head_slices(model, [Head(1, 1), Head(2, 0)])):
+            module = Supervised(model, trainable(model), data, SMALL)
+            loss = module(**first_batch(data, SMALL))["loss"]
+            loss.backward()
+            found.append([loss.detach(), *(p.grad for p in module.trained)])
+    assert 1 == passes[1000] < passes[10] < passes[0]
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-8, atol=1e-11)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=7), st.integers(0, 40))
+def test_texts_are_grouped_at_the_least_cost(lengths: list[int], cost: int) -> None:
+    """Against all ways to cut the sorted texts; each text stands in one group."""
+    groups = alike(lengths, cost)
+    assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
+    ours = sum(len(group) * max(lengths[place] for place in group) + cost for group in groups)
+    order, ways = sorted(lengths), []
+    for cuts in range(2 ** (len(order) - 1)):
+        ends = [n + 1 for n in range(len(order) - 1) if cuts >> n & 1] + [len(order)]
+        starts = [0, *ends[:-1]]
+        parts = zip(starts, ends, strict=True)
+        ways.append(sum((b - a) * order[b - 1] + cost for a, b in parts))
+    assert ours == min(ways)
 
 
 def test_backward_stops_at_the_lowest_layer(model: Model, data: TrainingSet) -> None:

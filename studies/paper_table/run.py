@@ -21,6 +21,7 @@ import logging
 import random
 import shutil
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -143,11 +144,17 @@ def cell(bench: Bench, name: str, options: Options, seed: int) -> dict[str, Any]
     fixed = {"data": str(texts), "steps": STEPS, "batch_size": BATCH, "seed": seed}
     fixed["precision"] = "float32"  # machines differ in what `auto` takes
     chosen = options | {"mlps": bench.model.layers} if options.get("mlps") == 0 else options
-    if not (folder / "out" / "tune.json").is_file():
+    took = folder / "cpu_seconds.json"
+    if not took.is_file():
+        whole = not any(folder.glob(".tune-parts-*"))  # a run that goes on does not know its begin
+        before = time.process_time()
         tune(bench.model, overrides(TuneConfig, chosen | fixed), folder, folder / "out")
+        seconds = round(time.process_time() - before) if whole else None
+        took.write_text(json.dumps(seconds), "utf-8")
     ((_, delta),) = tuned_variants(folder / "out").items()
-    kept = ("components", "parameters", "share", "seconds", "lowest_layer", "lr", "loss_last")
+    kept = ("components", "parameters", "share", "lowest_layer", "lr", "loss_last")
     facts = {key: delta.facts[key] for key in kept}
+    facts["cpu_seconds"] = json.loads(took.read_text("utf-8"))
     with merged(bench.model, delta):
         return {"options": options} | facts | bench.measure(folder / "asked")
 

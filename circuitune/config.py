@@ -4,7 +4,9 @@ This file imports nothing heavy, so that ``circuitune --help`` is instant. A fie
 same in every stage that has it; its help text gives the unit and the off-value.
 """
 
+import difflib
 import re
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_args
 
@@ -14,9 +16,25 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def option(default: Any, text: str, *, least: int | None = None) -> Any:
-    """A dataclass field with its one-line help text and, for a number, its least value."""
-    return field(default=default, metadata={"help": text, "least": least})
+def option(
+    default: Any,
+    text: str,
+    *,
+    least: int | None = None,
+    below: int | None = None,
+    among: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field with its one-line help text, and what its value may be.
+
+    Args:
+        default: its default.
+        text: the help.
+        least: for a number: it may not be less.
+        below: for a number: it must be less.
+        among: for text: what it may be; of several values each.
+    """
+    bounds = {"least": least, "below": below, "among": among}
+    return field(default=default, metadata={"help": text, **bounds})
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,7 @@ class LocateConfig:
         "iterated",
         "How heads are chosen: iterated, single (one sweep), paper (see --cut) or joint (a "
         "small set that destroys --targets and spares control tasks; slower).",
+        among=("iterated", "single", "paper", "joint"),
     )
     most: int = option(13, "Most heads that are ranked.", least=1)
     cut: float = option(
@@ -53,6 +72,7 @@ class LocateConfig:
         0.0,
         "Confidence with which each selection may stop measuring weak heads early; 0 is exact.",
         least=0,
+        below=1,
     )
     screen: int = option(
         0,
@@ -63,9 +83,15 @@ class LocateConfig:
     targets: tuple[str, ...] = option(
         (), "With --rule joint: tasks to destroy, of those in the pairs; by default the first."
     )
-    left: float = option(0.3, "With --rule joint: most accuracy that may be left of a target.")
-    harm: float = option(0.03, "With --rule joint: most accuracy that control tasks may lose.")
-    share: float = option(0.02, "With --rule joint: largest share of all heads, at least 2 heads.")
+    left: float = option(
+        0.3, "With --rule joint: most accuracy that may be left of a target.", least=0, below=1
+    )
+    harm: float = option(
+        0.03, "With --rule joint: most accuracy that control tasks may lose.", least=0, below=1
+    )
+    share: float = option(
+        0.02, "With --rule joint: largest share of all heads, at least 2 heads.", least=0, below=1
+    )
     graph: bool = option(True, "Trace who feeds the chosen heads, down to the tokens.")
     draws: int = option(2000, "Bootstrap draws behind each interval.", least=100)
     seed: int = option(0, "Seed of every random choice.", least=0)
@@ -84,9 +110,12 @@ class ValidateConfig:
     ablations: tuple[str, ...] = option(
         ("mean", "zero", "resample"),
         "Ablations at the circuit's own size; all sizes have the mean at END.",
+        among=("mean", "zero", "resample"),
     )
     where: tuple[str, ...] = option(
-        ("end", "all"), "Where these ablate: at END, at all positions (slower), or both."
+        ("end", "all"),
+        "Where these ablate: at END, at all positions (slower), or both.",
+        among=("end", "all"),
     )
     control_tasks: bool = option(
         True, "Also copying and capitals: spared by the circuit, with circuits of their own."
@@ -134,20 +163,27 @@ class TuneConfig:
         ("precise", "random"),
         "What is trained, one after the other: precise, random (as many heads of the same layers), "
         "layers, lora, lora_heads, full.",
+        among=("precise", "random", "layers", "lora", "lora_heads", "full"),
     )
     heads: int = option(5, "Number of heads to tune.", least=1)
     mlps: int = option(0, "Whole MLPs to tune, those with the strongest effects.", least=0)
     pick: str = option(
-        "direct", "How heads are picked: direct, circuit, upstream, gradient or cost."
+        "direct",
+        "How heads are picked: direct, circuit, upstream, gradient or cost.",
+        among=("direct", "circuit", "upstream", "gradient", "cost"),
     )
-    form: str = option("qo", "Tuned parts of a head: qo, or qkvo (shared keys and values too).")
+    form: str = option(
+        "qo",
+        "Tuned parts of a head: qo, or qkvo (shared keys and values too).",
+        among=("qo", "qkvo"),
+    )
     data: str | None = option(
         None, "Training texts (JSON lines, JSON, CSV, parquet, hub:NAME) instead of arithmetic."
     )
     max_tokens: int = option(512, "With --data: longer texts are cut.", least=8)
     tune_operators: tuple[str, ...] = option(("add", "sub", "mul"), "Operators that are trained.")
     digits: int = option(2, "Most digits of an operand.", least=1)
-    replay: float = option(0.0, "Share of training texts that are plain English.", least=0)
+    replay: float = option(0.0, "Share of training texts that are plain English.", least=0, below=1)
     steps: int = option(150, "Optimiser steps.", least=1)
     batch_size: int = option(32, "Texts per step.", least=1)
     accumulate: int = option(1, "Pieces of a batch that run one after another.", least=1)
@@ -160,7 +196,11 @@ class TuneConfig:
         8.0, "Weight of the KL to the base on plain text; 0 turns it off.", least=0
     )
     head_scale: bool = option(False, "Scale gradients by heads per layer over tuned heads in it.")
-    precision: str = option("auto", "float32, bfloat16, or auto: bfloat16 where it is fast.")
+    precision: str = option(
+        "auto",
+        "float32, bfloat16, or auto: bfloat16 where it is fast.",
+        among=("auto", "float32", "bfloat16"),
+    )
     cache: bool = option(True, "Compute what enters the lowest tuned layer once, on disk.")
     checkpointing: bool = option(False, "Save memory: run tuned layers twice.")
     forget_budget: float = option(
@@ -210,12 +250,16 @@ def overrides(config_class: type, values: dict[str, Any]) -> Any:
         UserError: a name is unknown, or a value has the wrong type or is too small.
     """
     known = {item.name: item for item in fields(config_class)}
-    for name in values:
+    given = {str(name).replace("-", "_"): value for name, value in values.items()}  # as flags are
+    for name in given:
         if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            stage = config_class.__name__.removesuffix("Config").lower()
             raise UserError(
-                f"An option must be one of {', '.join(known)}, found {name!r}; correct the name."
+                f"An option of {stage} must be one of {', '.join(known)}, found {name!r}; "
+                f"{f'write {near[0]}' if near else 'correct the name'}."
             )
-    return config_class(**{name: _checked(known[name], value) for name, value in values.items()})
+    return config_class(**{name: _checked(known[name], value) for name, value in given.items()})
 
 
 def _checked(item: Field, value: Any) -> Any:
@@ -226,14 +270,31 @@ def _checked(item: Field, value: Any) -> Any:
     # tuple[int, ...] and str | None name their type first
     kind = (get_args(item.type) or (item.type,))[0]
     parts = value if several and isinstance(value, list | tuple) else (value,)
-    parts = tuple(float(part) if kind is float and type(part) is int else part for part in parts)
+    parts = tuple(_number(part) if kind is float else part for part in parts)
     if (not parts and item.default) or not all(type(part) is kind for part in parts):
         wanted = f"one or more values, each {KINDS[kind]}" if several else KINDS[kind]
         raise UserError(f"{item.name} must be {wanted}, found {value!r}; correct it.")
-    least = item.metadata["least"]
+    least, below, among = (item.metadata[name] for name in ("least", "below", "among"))
     if least is not None and not min(parts) >= least:
         raise UserError(f"{item.name} must be at least {least}, found {value}; choose more.")
+    if below is not None and not max(parts) < below:
+        raise UserError(f"{item.name} must be below {below}, found {value}; choose less.")
+    if among and not set(parts) <= set(among):
+        wrong = next(part for part in parts if part not in among)
+        raise UserError(
+            f"{item.name} must be one of {', '.join(among)}, found {wrong!r}; correct it."
+        )
     return parts if several else parts[0]
+
+
+def _number(value: Any) -> Any:
+    """A float of a whole number, and of text such as 3e-3, which is no number in YAML."""
+    if type(value) is int:
+        return float(value)
+    if type(value) is str:
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 def parse_size(text: str) -> int:

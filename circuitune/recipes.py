@@ -3,7 +3,9 @@
 Flags are read off the config dataclasses, so that a new option is one line there.
 """
 
+import importlib
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +15,7 @@ import typer
 
 from circuitune import config as configs
 from circuitune.errors import UserError
+from circuitune.runs import FILES
 
 # Stage name -> (function, options). The function gets (model, config, run, work).
 IMPLEMENTATION: dict[str, tuple[str, type]] = {
@@ -39,7 +42,26 @@ def stage_options(values: dict[str, Any], *names: str) -> list[Any]:
         section = recipe.get(name) or {}
         chosen = {key: value for key, value in given.items() if key in known}
         built.append(configs.overrides(config_class, section | chosen))
+        _look_ahead(built[-1])
     return built
+
+
+def _look_ahead(options: Any) -> None:
+    """Refuse what a stage would refuse later, before a model is loaded and other stages run.
+
+    Raises:
+        UserError: a file is absent, or a task or an operator unknown.
+    """
+    for name in (*FILES, "data_dir"):
+        value = getattr(options, name, None)
+        if value and not value.startswith("hub") and not os.path.exists(value):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be there, {value} is not; check the path.")
+    if getattr(options, "suite", None):
+        importlib.import_module("circuitune.suites").named_tasks(options.suite)
+    for name in ("operators", "tune_operators"):
+        for text in getattr(options, name, ()):
+            importlib.import_module("circuitune.problems").Operator.parse(text)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

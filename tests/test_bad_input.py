@@ -168,8 +168,8 @@ def test_device_and_dtype(
     ("flags", "word"),
     [
         (("--max-memory", "1M"), "--max-memory must hold a sweep in its smallest pieces"),
-        (("--rule", "best"), "--rule must be iterated, single, paper"),
-        (("--race", "1.5"), "--race must be a confidence below 1"),
+        (("--rule", "best"), "rule must be one of iterated, single, paper"),
+        (("--race", "1.5"), "race must be below 1"),
         (("--race", "-1"), "race must be at least 0"),
         (("--screen", "5", "--race", "0.9"), "leave one out"),
         (("--rule", "paper", "--cut", "-1000000"), "raise --cut or use --rule iterated"),
@@ -573,7 +573,7 @@ def test_pairs_that_are_no_text(
     [
         ("locat: {most: 3}", "found 'locat'"),
         ("3: {most: 3}\nlocat: {}", "found 3"),
-        ("locate: {mots: 3}", "found 'mots'; correct the name"),
+        ("locate: {mots: 3}", "found 'mots'; write most"),
         ("locate: {most: three}", "most must be a whole number, found 'three'"),
         ("locate: {most: true}", "most must be a whole number, found True"),
         ("locate: {most: null}", "most must be a whole number, found None"),
@@ -628,7 +628,10 @@ def test_recipe_that_is_no_text(
         (["transfer", "RUN", "--tasks", "svamp"], "give --data-dir a folder that holds it"),
         (["transfer", "RUN", "--overlap", "0"], "overlap must be at least 1"),
         (["evaluate", "RUN", "--problems", "100000"], "choose fewer"),
-        (["evaluate", "RUN", "--problems", "1", "--retention", "/nowhere/text.txt"], "check it"),
+        (
+            ["evaluate", "RUN", "--problems", "1", "--retention", "/nowhere/text.txt"],
+            "is not; check",
+        ),
     ],
 )
 def test_wrong_options(
@@ -638,4 +641,29 @@ def test_wrong_options(
     named = {"MODEL": str(tiny_folder), "OUT": str(out), "RUN": str(run)}
     assert says in refused(*(named.get(word, word) for word in words))
     assert contents(run) == before
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--suite", "everything"], "--suite must be paper, word-problems, retention"),
+        (["--data", "nowhere.jsonl"], "--data must be there, nowhere.jsonl is not; check the path"),
+        (["--pairs", "nowhere.jsonl"], "--pairs must be there"),
+        (["--data-dir", "nowhere"], "--data-dir must be there"),
+        (["--methods", "precise,adapters"], "methods must be one of precise, random"),
+        (["--ablations", "mean,median"], "ablations must be one of mean, zero, resample"),
+        (["--where", "start"], "where must be one of end, all"),
+        (["--pick", "luck"], "pick must be one of direct"),
+        (["--form", "qk"], "form must be one of qo, qkvo"),
+        (["--precision", "int8"], "precision must be one of auto"),
+        (["--tune-operators", "add,pow"], "An operator must be one of"),
+        (["--left", "-1"], "left must be at least 0"),
+        (["--replay", "1"], "replay must be below 1"),
+    ],
+)
+def test_options_of_late_stages_are_refused_before_a_model_is_loaded(
+    refused: Refused, out: Path, flags: list[str], says: str
+) -> None:
+    assert says in refused("run", "/nowhere/model", "--out", out, *flags)
     assert not out.parent.exists()

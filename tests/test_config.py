@@ -1,13 +1,18 @@
 """Options from flags and YAML: right types, tuples from lists, and clear refusals."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import get_args
 
 import pytest
+import yaml
 
-from circuitune import config
+from circuitune import config, picking, selection
 from circuitune.config import LocateConfig, PairsConfig, TuneConfig, ValidateConfig, overrides
 from circuitune.errors import UserError
+from circuitune.knockout import ABLATIONS, PLACES
+from circuitune.methods import METHODS
 from circuitune.recipes import IMPLEMENTATION, stage_options
+from circuitune.slices import Form
 
 CLASSES = [config_class for _, config_class in IMPLEMENTATION.values()]
 
@@ -27,6 +32,26 @@ def test_values_take_the_type_of_their_field() -> None:
     assert overrides(PairsConfig, {"prefix": ""}).prefix == ""
 
 
+def test_names_and_rates_are_taken_as_people_write_them() -> None:
+    """With dashes, as flags have them; 3e-3 is text in YAML."""
+    recipe = yaml.safe_load("{learning-rate: 3e-3, batch-size: 4}")
+    assert overrides(TuneConfig, recipe) == TuneConfig(learning_rate=3e-3, batch_size=4)
+
+
+def test_named_choices_are_those_of_the_modules() -> None:
+    known = {
+        "rule": selection.RULES,
+        "ablations": ABLATIONS,
+        "where": PLACES,
+        "methods": METHODS,
+        "pick": picking.RULES,
+        "form": get_args(Form),
+    }
+    found = {item.name: item.metadata["among"] for kind in CLASSES for item in fields(kind)}
+    for name, choices in known.items():
+        assert set(found[name]) == set(choices), name
+
+
 def test_the_given_values_are_left_alone() -> None:
     values = {"sizes": [3, 1]}
     overrides(ValidateConfig, values)
@@ -36,7 +61,7 @@ def test_the_given_values_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("config_class", "values", "says"),
     [
-        (LocateConfig, {"mots": 3}, "one of rule, most, .*, found 'mots'; correct the name"),
+        (LocateConfig, {"mots": 3}, "one of rule, most, .*, found 'mots'; write most"),
         (LocateConfig, {"most": "3"}, "most must be a whole number, found '3'; correct it"),
         (LocateConfig, {"most": 3.0}, "most must be a whole number, found 3.0; correct it"),
         (LocateConfig, {"most": True}, "most must be a whole number, found True; correct it"),
@@ -47,6 +72,10 @@ def test_the_given_values_are_left_alone() -> None:
         (TuneConfig, {"keep": True}, "keep must be a number, found True; correct it"),
         (TuneConfig, {"keep": -0.1}, "keep must be at least 0, found -0.1; choose more"),
         (TuneConfig, {"keep": float("nan")}, "keep must be at least 0, found nan; choose more"),
+        (LocateConfig, {"race": 1}, "race must be below 1, found 1; choose less"),
+        (TuneConfig, {"nothing_like_it": 1}, "An option of tune .*; correct the name"),
+        (TuneConfig, {"pick": "luck"}, "pick must be one of direct, .*, found 'luck'; correct it"),
+        (TuneConfig, {"methods": ["lora", "all"]}, "methods must be one of .*, found 'all'"),
         (PairsConfig, {"correct_only": 1}, "correct_only must be true or false, found 1"),
         (PairsConfig, {"pairs": 1}, "pairs must be text, found 1; correct it"),
         (ValidateConfig, {"sizes": [1, "2"]}, "one or more values, each a whole number, found"),

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from circuitune.models import Model
 from circuitune.pairs import Writing, encode_text
 from circuitune.problems import Problem, completion
-from circuitune.prompts import pad_left, similar_lengths
+from circuitune.prompts import continued, pad_left, similar_lengths
 
 PROMPTS_PER_BATCH = 64
 NEW_TOKENS = 5  # at most three digits, after a space perhaps, and what ends the number
@@ -39,11 +39,7 @@ def generate(
     )
     for places in similar_lengths([len(tokens) for tokens in prompts], PROMPTS_PER_BATCH):
         tokens, mask = pad_left([prompts[place] for place in places])
-        output = model.hf.generate(
-            tokens.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=settings,
-        )
+        output = continued(model, tokens, mask, settings)
         decoded = model.tokenizer.batch_decode(output[:, tokens.shape[1] :])
         for place, text in zip(places, decoded, strict=True):
             texts[place] = text

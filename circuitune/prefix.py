@@ -35,7 +35,7 @@ from circuitune.examples import Example
 from circuitune.memory import most_tokens, shown
 from circuitune.models import Model
 from circuitune.pairs import encode_text, pad, shipped_paragraphs
-from circuitune.prompts import pad_left, similar_lengths
+from circuitune.prompts import continued, pad_left, similar_lengths
 from circuitune.runs import digest, versions, write_json
 from circuitune.sites import resume, states_entering
 
@@ -313,11 +313,7 @@ def own_text(model: Model, *, seed: int) -> list[list[int]]:
     with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]):
         torch.manual_seed(seed)
         tokens, mask = pad_left([encode_text(model.tokenizer, text) for text in OPENINGS])
-        written = model.hf.generate(
-            tokens.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=settings,
-        )
+        written = continued(model, tokens, mask, settings)
     padding = (mask == 0).sum(dim=1).repeat_interleave(OWN_TEXTS).tolist()
     for row, skip in zip(written.tolist(), padding, strict=True):
         rows.append(row[skip : skip + TEXT_TOKENS])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from circuitune.memory import most_tokens
 from circuitune.models import Model
@@ -251,3 +251,26 @@ def _repeated(cache: DynamicCache, rows: int) -> DynamicCache:
         keys, values = (part.repeat(rows, 1, 1, 1) for part in (layer.keys, layer.values))
         copy.update(keys, values, index)
     return copy
+
+
+def continued(
+    model: Model,
+    tokens: Int[Tensor, "example token"],
+    mask: Int[Tensor, "example token"],
+    settings: GenerationConfig,
+) -> Int[Tensor, "answer longer"]:
+    """What Hugging Face's ``generate`` writes by these settings alone, prompts in front.
+
+    A checkpoint's own settings would fill what they leave open, a penalty on the digits of the
+    prompt among them.
+    """
+    own = model.hf.generation_config
+    model.hf.generation_config = GenerationConfig()
+    try:
+        return model.hf.generate(
+            tokens.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+        )
+    finally:
+        model.hf.generation_config = own

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from circuitune.answering import generate, read_answer
 from circuitune.models import Model
@@ -27,8 +28,13 @@ def test_read_answer(text: str, answer: int | None) -> None:
     assert read_answer(text) == answer
 
 
-def test_generation_equals_one_prompt_at_a_time(tiny: Callable[..., Model]) -> None:
+@pytest.mark.parametrize("shipped", [{}, {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1}])
+def test_generation_equals_one_prompt_at_a_time(
+    tiny: Callable[..., Model], shipped: dict[str, float]
+) -> None:
+    """Whatever settings for generation the checkpoint brings."""
     model = tiny()
+    own = model.hf.generation_config = GenerationConfig(**shipped)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5], [40, 41], [1, 2, 3, 4, 5, 6]]
     together = generate(model, prompts, new_tokens=4)
     for prompt, text in zip(prompts, together, strict=True):
@@ -39,3 +45,4 @@ def test_generation_equals_one_prompt_at_a_time(tiny: Callable[..., Model]) -> N
                 break
         expected = model.tokenizer.decode(tokens[len(prompt) :])
         assert text.startswith(expected)
+    assert model.hf.generation_config is own

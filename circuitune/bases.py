@@ -231,7 +231,7 @@ def other_files(folder: Path) -> list[Path]:
 
 def logits(hf: torch.nn.Module, model: Model) -> Float[Tensor, "token vocab"]:
     """Logits at every token of a few paragraphs of plain text, one after the other."""
-    limit = getattr(model.hf.config.get_text_config(), "max_position_embeddings", TOKENS)
+    limit = model.context or TOKENS
     texts = [encode_text(model.tokenizer, text) for text in shipped_paragraphs()[:PARAGRAPHS]]
     with torch.inference_mode():
         rows = [torch.tensor([tokens[: min(limit, TOKENS)]]) for tokens in texts]

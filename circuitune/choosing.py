@@ -148,7 +148,7 @@ def tokenised(model: Model, questions: Sequence[MultipleChoice]) -> Tokenised:
             raise UserError(f"{fault} ({question.id}); correct this question or leave it out.")
         tokens.prompts.append(prompt)
         tokens.choices.append(choices)
-    limit = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
+    limit = model.context
     if limit and tokens.longest - 1 > limit:
         raise UserError(
             f"A prompt with its choice must fit into the {limit} positions of {model.source}, the "

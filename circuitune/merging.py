@@ -40,7 +40,15 @@ from circuitune.bases import (
 from circuitune.deltas import COMPONENTS, DELTA, Delta, load_delta, tensor_digest
 from circuitune.errors import UserError
 from circuitune.runs import write_json
-from circuitune.tensorfiles import INDEX, TensorFile, data_size, files_of, rewrite, widened_header
+from circuitune.tensorfiles import (
+    INDEX,
+    TensorFile,
+    data_size,
+    files_of,
+    rewrite,
+    spans_of,
+    widened_header,
+)
 
 REVERT = "revert"
 BASE_SLICES = "base_slices.safetensors"
@@ -105,7 +113,8 @@ def read_merged(folder: Path) -> Merged:
             for name, entry in record["tensors"].items()
         }
         for declared in tensors.values():
-            _ = declared.slices
+            if not declared.slices:
+                raise ValueError(f"{declared.name} has no places")
         return Merged(folder, facts, tensors, dict(record["base_files"]), record["delta"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -179,7 +188,8 @@ class _Ledger:
 
         def add(base: Tensor) -> Tensor:
             places = delta.places(name)
-            full = delta.added(name, base.float() if wide else base)
+            least = torch.promote_types(base.dtype, torch.float32) if wide else base.dtype
+            full = delta.added(name, base.to(least))
             touched = torch.zeros(base.shape, dtype=torch.bool)
             for place in places:
                 self.slices[f"{stored}#{_words(place)}"] = base[place].clone()
@@ -373,7 +383,17 @@ def revert(merged: Path, out: Path) -> RevertReport:
 
 def _base_header(merged: Path, file: TensorFile) -> bytes:
     path = merged / REVERT / f"{file.path.name}.header"
-    return path.read_bytes() if path.is_file() else file.header
+    if not path.is_file():
+        return file.header
+    try:
+        header = path.read_bytes()
+        spans_of(header)
+        return header
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} must be as `circuitune export` wrote it, it cannot be read "
+            f"({type(error).__name__}); take the folder from a copy."
+        ) from error
 
 
 def _read_slices(record: Merged) -> Mapping[str, Tensor]:

@@ -103,6 +103,11 @@ class Model:
         """Number of parameters, tied weights counted once."""
         return sum(parameter.numel() for parameter in self.hf.parameters())
 
+    @property
+    def context(self) -> int | None:
+        """The most tokens that the model was made for, if its configuration says so."""
+        return getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+
     def layer(self, index: int) -> nn.Module:
         """One decoder layer."""
         return attrgetter(self.family.layers)(self.hf)[index]
@@ -329,8 +334,8 @@ def load(
             keeps its layers on disk.
 
     Raises:
-        UserError: nothing is there, the checkpoint has no safetensors, the file is damaged, or
-            the architecture is not known.
+        UserError: nothing is there, the checkpoint has no safetensors, the file is damaged, a
+            weight is NaN or infinite, or the architecture is not known.
     """
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
@@ -360,9 +365,13 @@ def load(
         raise _cannot_read(name, error) from error
     model = wrap(hf.to(place), tokenizer, source=name)
     _check_complete(name, found)
-    if bound:
-        for weight in hf.parameters():
-            weight.sum()  # mapped from the file, it counts as memory only once it was read
+    # This reads every weight: one mapped from a file counts as memory only from then on.
+    for part, weight in hf.named_parameters():
+        if weight.is_floating_point() and not weight.sum(dtype=torch.float32).isfinite():
+            raise UserError(
+                f"Weights must be finite numbers, {part} of {name} are not all; mend the "
+                f"checkpoint, or use a wider --dtype than {dtype}."
+            )
     return replace(model, max_memory=bound)
 
 

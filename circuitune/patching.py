@@ -38,6 +38,7 @@ from transformers.utils import ModelOutput
 
 from circuitune.components import Component, Head, Mlp, all_components
 from circuitune.effects import METRICS, EffectTable, Metric
+from circuitune.errors import UserError
 from circuitune.memory import most_rows
 from circuitune.models import Model
 from circuitune.prompts import Prompts, prefill
@@ -229,7 +230,16 @@ def unembed(
 def first_choice(
     model: Model, hidden: Float[Tensor, "example width"]
 ) -> Int[np.ndarray, " example"]:
-    """The token that the model would say next, from normed hidden states; a few rows at a time."""
+    """The token that the model would say next, from normed hidden states; a few rows at a time.
+
+    Raises:
+        UserError: a state is NaN or infinite.
+    """
+    if not hidden.isfinite().all():
+        raise UserError(
+            f"Hidden states must be finite, those of {model.source} are not; use --dtype float32, "
+            "or mend the checkpoint."
+        )
     some = hidden.split(UNEMBED_ROWS)
     return np.concatenate([unembed(model, h).argmax(dim=-1).cpu().numpy() for h in some])
 

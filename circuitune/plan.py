@@ -90,7 +90,7 @@ class Plan:
         trainable: parameters that train; share: of those of the model.
         lowest, layers: lowest layer in which something trains, and how many layers there are.
         steps: optimiser steps.
-        weights: the base.
+        weights: the base, also the one that it was loaded as where another precision trains.
         masters: fp32 copies or deltas that train; gradients: theirs; moments: AdamW's two.
         activations: an estimate of what is kept for a backward pass, logits included.
         cache: hidden states that enter the lowest layer, on disk; 0 without a cache.
@@ -166,7 +166,7 @@ def plan(
         lowest=method.lowest,
         layers=model.layers,
         steps=work.steps,
-        weights=model.parameters * dtype.itemsize,
+        weights=_weights(model, dtype),
         masters=masters,
         gradients=masters,
         moments=2 * masters,
@@ -175,6 +175,12 @@ def plan(
         flops=flops(model, method, work, cached=cached),
         full=flops(model, full(model), replace(work, checkpointing=False), cached=False),
     )
+
+
+def _weights(model: Model, dtype: torch.dtype) -> int:
+    """Bytes of the base: where it trains in another dtype, the loaded one stays beside it."""
+    own = model.parameters * model.dtype.itemsize
+    return own if dtype == model.dtype else own + model.parameters * dtype.itemsize
 
 
 def _trained(model: Model, method: Method, dtype: torch.dtype) -> tuple[int, int]:

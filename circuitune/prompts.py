@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
+from circuitune.errors import UserError
 from circuitune.memory import most_tokens
 from circuitune.models import Model
 from circuitune.sites import begin, march
@@ -157,8 +158,18 @@ class _Block:
 
 @torch.no_grad()
 def _prefill(model: Model, lists: Sequence[Sequence[Sequence[int]]]) -> Prompts:
-    """`prefill` of lists of as many prompts each, what is at one place of each side by side."""
+    """`prefill` of lists of as many prompts each, what is at one place of each side by side.
+
+    Raises:
+        UserError: a prompt is longer than the model's context.
+    """
     start = _common_start(model, [prompt for prompts in lists for prompt in prompts])
+    longest = max(len(prompt) for prompts in lists for prompt in prompts)
+    if model.context and longest > model.context:
+        raise UserError(
+            f"A prompt must fit into the {model.context} tokens that {model.source} was made for, "
+            f"the longest has {longest}; shorten it or leave it out."
+        )
     count = len(lists[0])
     lengths = [max(len(prompts[i]) for prompts in lists) - start for i in range(count)]
     tokens = most_tokens(model, TOKENS_PER_BATCH) // len(lists)

@@ -92,7 +92,8 @@ def base_text(
         layer: below this layer nothing is going to change; 0 if that is not known.
         copy_head: whether the embeddings may change, the unembedding with them.
     """
-    rows = [encode_text(model.tokenizer, text)[:TEXT_TOKENS] for text in paragraphs]
+    longest = min(TEXT_TOKENS, model.context or TEXT_TOKENS)
+    rows = [encode_text(model.tokenizer, text)[:longest] for text in paragraphs]
     batches = []
     for places in similar_lengths([len(row) for row in rows], TEXTS_PER_BATCH):
         tokens = pad([rows[place] for place in places], 0).to(model.device)

@@ -3,8 +3,8 @@
 What trains is a list of parameters that are attached to a frozen model. Backward stops at the
 lowest trained layer; what enters it comes from the cache (`circuitune.prefix`), or the layers
 below run without gradients. Logits exist at supervised positions only. A batch of unlike lengths
-runs in groups of like ones, and no token after the last supervised one of its text runs. Dropout is
-off: the base stays in evaluation mode.
+runs in groups of like ones, none beyond the last supervised token in it. Dropout is off: the base
+stays in evaluation mode.
 
 The loss of a step is a sum over supervised tokens divided by their number in the whole step,
 whatever the lengths, the number of pieces (``accumulate``) and of processes. With ``keep``, the
@@ -190,7 +190,7 @@ class Supervised(nn.Module):
         run equally many passes.
         """
         numbers = torch.arange(1, chosen.shape[1] + 1, device=chosen.device)
-        lengths = (chosen * numbers).amax(dim=1).tolist()
+        lengths = (chosen * numbers).amax(dim=1).clamp(min=1).tolist()
         if ranks.world() > 1:
             return [(list(range(len(lengths))), max(lengths))]
         kind = "cpu" if chosen.device.type == "cpu" else "other"

@@ -79,7 +79,7 @@ class Outcome:
         steps: how many steps ran.
         kept: the step whose values are in the parameters; 0 for those at the start.
         stopped: why training ended.
-        seconds: of this process, not of earlier ones that were killed.
+        seconds: of all steps, those of earlier processes that were killed included.
         tokens: tokens that were trained on, without padding; a text counts each time.
         evaluations: values of each evaluation, and its ``step``.
     """
@@ -150,10 +150,19 @@ class _Journal(TrainerCallback):
         self.bar.update()
         self.bar.set_postfix(loss=line["loss"], tokens=f"{line['tokens_per_second']:.0f}/s")
         if ranks.rank() == 0:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **line}) + "\n")
+            self._write(json.dumps({"step": step, **line}) + "\n")
         for name, value in line.items() if self.board else ():
             self.board.add_scalar(name, value, step)
+
+    def _write(self, line: str) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise UserError(
+                f"The log must be written to {self.path}, that failed ({error.strerror}); free "
+                "some room and start again, the last checkpoint is intact."
+            ) from error
 
     def close(self) -> None:
         """Leave the bar and the board, and nothing that is half written."""
@@ -366,7 +375,7 @@ def train(
         steps=steps,
         kept=watch.finish(steps),
         stopped=watch.stopped,
-        seconds=time.monotonic() - began,
+        seconds=journal.before + time.monotonic() - began,
         tokens=course.tokens(range(steps)),
         evaluations=watch.state["evaluations"],
     )
@@ -401,7 +410,8 @@ def _arguments(
         learning_rate=config.learning_rate,
         weight_decay=0.0,  # `_Decay` does it
         max_grad_norm=config.max_grad_norm,
-        warmup_steps=math.ceil(config.warmup * config.steps),
+        # The first step of a warmup has rate 0: of a single step nothing would come.
+        warmup_steps=min(math.ceil(config.warmup * config.steps), config.steps - 1),
         lr_scheduler_type=SCHEDULES[config.schedule],
         logging_steps=1,
         logging_nan_inf_filter=False,

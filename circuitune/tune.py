@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from circuitune import methods, ranks
@@ -154,6 +154,11 @@ def _check(model: Model, config: TuneConfig) -> None:
             f"--methods must be some of {', '.join(known)}, each once, found "
             f"{', '.join(config.methods)}; correct it."
         )
+    if model.device.type == "cuda" and model.device.index and ranks.world() == 1:
+        raise UserError(
+            f"Tuning runs on the first GPU that it sees, the run is on {model.device}; set "
+            f"CUDA_VISIBLE_DEVICES={model.device.index} and start with --device cuda."
+        )
     if config.form not in get_args(Form):
         raise UserError(
             f"--form must be {' or '.join(get_args(Form))}, found {config.form!r}; use one of them."
@@ -187,9 +192,10 @@ def lessons_for(model: Model, pair_set: PairSet, config: TuneConfig) -> Lessons:
         seed=config.seed,
         watch=config.evaluate_every > 0,
     )
+    longest = min(config.max_tokens, model.context or config.max_tokens)
     if config.data:
         texts = read_training_data(config.data, seed=config.seed)
-        encoded = to_examples(model.tokenizer, texts, max_tokens=config.max_tokens)
+        encoded = to_examples(model.tokenizer, texts, max_tokens=longest)
         known, warning = contamination(texts.questions, drawn.test, writing)
         said = f"{texts.announcement} {encoded.summary} {warning}"
         examples = list(encoded.examples)
@@ -199,7 +205,7 @@ def lessons_for(model: Model, pair_set: PairSet, config: TuneConfig) -> Lessons:
         facts = {"source": "generated arithmetic", "said": "Generated arithmetic."}
     if config.replay:
         count = round(len(examples) * config.replay / (1 - config.replay))
-        plain = text_examples(model.tokenizer, training_text(), max_tokens=config.max_tokens)
+        plain = text_examples(model.tokenizer, training_text(), max_tokens=longest)
         examples += [plain[place % len(plain)] for place in range(count)]
         facts["replayed"] = count
     return Lessons(
@@ -269,7 +275,9 @@ def in_precision(model: Model, dtype: torch.dtype) -> Model:
     """The model itself, or a copy in another dtype."""
     if model.dtype == dtype:
         return model
-    twin = copy.deepcopy(model.hf).to(dtype)
+    # Cast one by one, so that there is no second copy of all in the first dtype.
+    cast = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in model.hf.parameters()}
+    twin = copy.deepcopy(model.hf, cast)
     if model.device.type == "cpu":
         # torch's fused attention has a slow bfloat16 backward pass on CPUs (3x the whole step).
         twin.set_attn_implementation("eager")
@@ -434,7 +442,8 @@ def monitor(trained: Model, method: Method, lessons: Lessons, config: TuneConfig
 
 def describe(model: Model, method: Method, outcome: Outcome, config: TuneConfig) -> dict[str, Any]:
     """Facts of one variant for ``tune.json`` and ``components.json``."""
-    shared = collateral(model, method.heads) if config.form == "qkvo" and method.heads else ()
+    shares = config.form == "qkvo" and method.heads and method.lora is None
+    shared = collateral(model, method.heads) if shares else ()
     return {
         "method": method.name,
         "components": [str(part) for part in (*method.heads, *method.mlps)],

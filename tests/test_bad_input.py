@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
+from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -552,6 +553,40 @@ def test_malformed_pairs(
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
     assert says in refused("locate", tiny_folder, "--out", out, "--pairs", path)
+    assert not out.parent.exists()
+
+
+def test_texts_that_are_longer_than_the_model_reads(
+    refused: Refused, out: Path, tmp_path: Path
+) -> None:
+    """Learned positions end; training texts are cut there."""
+    folder = tmp_path / "gpt2"
+    tiny_hf("gpt2").float().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    own, long, data = (tmp_path / f"{name}.jsonl" for name in ("own", "long", "data"))
+    lines = [
+        {"clean": f"{a} + {b} = ", "corrupt": f"{a} @ {b} = ", "answer": str(a + b)} for a, b in ADD
+    ]
+    own.write_text("\n".join(map(json.dumps, lines)))
+    long.write_text(own.read_text().replace('"clean": "', '"clean": "' + "Math. " * 11))
+    data.write_text(json.dumps({"prompt": "3 + 5 = " * 9, "completion": "8 " * 9}) + "\n")
+    message = refused("locate", folder, "--out", out, "--pairs", long)
+    assert "A prompt must fit into the 64 tokens" in message
+    assert not out.parent.exists()
+    few = ["--pairs", own, "--most", 2, "--draws", 100, "--no-graph"]
+    cli.app(list(map(str, ["locate", folder, "--out", out, *few])), standalone_mode=False)
+    assert "nothing is supervised within 64 tokens" in refused("tune", out, "--data", data)
+
+
+def test_weights_that_are_not_finite(
+    refused: Refused, out: Path, checkpoint: Path, pairs_file: Path
+) -> None:
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    message = refused("locate", checkpoint, "--out", out, "--pairs", pairs_file)
+    assert "Weights must be finite numbers, model.layers.1.self_attn.q_proj.weight of" in message
     assert not out.parent.exists()
 
 

@@ -219,6 +219,20 @@ def test_float32_loses_nothing(made: Made, tmp_path: Path) -> None:
         verify(tmp_path / "out", str(base))
 
 
+@pytest.mark.parametrize("share", [bases.SHARE, 0.0])
+def test_float32_leaves_wider_numbers_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """Whether or not the models fit into memory to be run."""
+    monkeypatch.setattr(bases, "SHARE", share)
+    base = make_base(tmp_path / "base", "llama", torch.float64)
+    model = models.load(str(base), device="cpu", dtype="float32")
+    random_delta(tmp_path / "delta", model, head_slices(model, HEADS, "qo"))
+    merge(tmp_path / "delta", tmp_path / "out", dtype="float32")
+    assert {value.dtype for value in tensors_of(tmp_path / "out").values()} == {torch.float64}
+    verify(tmp_path / "out", str(base), delta=tmp_path / "delta")
+
+
 def test_whole_mlps_and_tied_embeddings(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama", torch.bfloat16, tie_word_embeddings=True)
     model = models.load(str(base), device="cpu", dtype="float32")
@@ -530,6 +544,22 @@ def test_revert_needs_the_bytes_of_the_base(spoiled: Path, made: Made, tmp_path:
         revert(spoiled, tmp_path / "back")
     with pytest.raises(UserError, match=r"must hold the components\.json that"):
         revert(made("llama", "bfloat16")[0], tmp_path / "back")
+
+
+def test_revert_refuses_a_damaged_record(made: Made, tmp_path: Path) -> None:
+    merge(made("llama", "bfloat16")[1], tmp_path / "out", dtype="float32")
+    record = tmp_path / "out" / "components.json"
+    facts = json.loads(record.read_text())
+    for entry in facts["merged"]["tensors"].values():
+        entry["places"] = []
+    header = next((tmp_path / "out" / "revert").glob("*.header"))
+    header.write_bytes(b"{")
+    with pytest.raises(UserError, match=rf"{header.name} must be as `circuitune export` wrote"):
+        revert(tmp_path / "out", tmp_path / "back")
+    record.write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"has no places"):
+        revert(tmp_path / "out", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 # ------------------------------------------------------------------------------------- refusals

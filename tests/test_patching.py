@@ -1,5 +1,6 @@
 """The fast sweep against one hooked forward pass per component, and identities that must hold."""
 
+import math
 import random
 from collections.abc import Callable
 
@@ -8,8 +9,16 @@ import pytest
 import torch
 
 from circuitune.components import Head, Mlp, all_components
+from circuitune.errors import UserError
 from circuitune.models import Model
-from circuitune.patching import direct_effects, end_states, noise_floor, pair_states, unembed
+from circuitune.patching import (
+    direct_effects,
+    end_states,
+    first_choice,
+    noise_floor,
+    pair_states,
+    unembed,
+)
 from circuitune.prompts import pad_left, prefill, prefill_pairs, similar_lengths
 from tests.reference.slow_effects import run_with, slow_patched_logits
 
@@ -248,3 +257,12 @@ def test_real_model_fast_equals_slow(smollm2: Model) -> None:
         slow = slow_patched_logits(smollm2, clean[example], corrupt[example], some, digits)
         fast = table.patched["relative_logit"][list(rows), example]
         np.testing.assert_allclose(fast, slow[:, answers[example]], atol=1e-4, rtol=0)
+
+
+def test_states_that_are_not_finite_are_refused(tiny: Callable[..., Model]) -> None:
+    model = tiny()
+    for value in (math.nan, math.inf):
+        states = torch.zeros(3, model.d_model, dtype=model.dtype)
+        states[1, 2] = value
+        with pytest.raises(UserError, match="Hidden states must be finite, those of tiny llama"):
+            first_choice(model, states)

@@ -193,6 +193,15 @@ def test_activations_in_bfloat16_include_the_cast_weights(tiny: Callable[..., Mo
     assert found.masters == 2 * found.weights
 
 
+def test_the_loaded_base_stays_beside_one_of_another_precision(
+    tiny: Callable[..., Model],
+) -> None:
+    model = fresh(tiny, "llama")
+    own = plan(model, made("precise", model), WORK, cached=True)
+    low = plan(model, made("precise", model), WORK, cached=True, dtype=torch.bfloat16)
+    assert low.weights == 1.5 * own.weights == 6 * model.parameters
+
+
 def test_what_saves_memory_is_seen(tiny: Callable[..., Model]) -> None:
     model = fresh(tiny, "llama")
     method = full(model)

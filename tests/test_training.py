@@ -506,6 +506,19 @@ def half(model: Model, data: TrainingSet, tmp_path: Path) -> Path:
     return tmp_path / "half"
 
 
+def test_seconds_of_earlier_processes_count(model: Model, data: TrainingSet, half: Path) -> None:
+    log = half / LOG
+    lines = [json.loads(line) | {"seconds": 1000.0} for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, outcome = trained(model, data, replace(SMALL, save_every=3), half)
+    assert 1000 < outcome.seconds < 1100
+
+
+def test_a_single_step_moves_the_deltas(model: Model, data: TrainingSet, tmp_path: Path) -> None:
+    found, _ = trained(model, data, replace(SMALL, steps=1), tmp_path)
+    assert all(value.any() for value in found)
+
+
 def test_a_checkpoint_is_small(half: Path, data: TrainingSet) -> None:
     """Deltas and two moments of AdamW, beside a few thousand bytes of other state."""
     (path,) = checkpoints(half)
@@ -557,6 +570,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(
         with pytest.raises(UserError, match=r"No space left on device.*the last checkpoint"):
             trained(model, data, replace(SMALL, save_every=3), half)
     assert [path.name for path in checkpoints(half)] == ["checkpoint-3"]
+    with monkeypatch.context() as patch:
+        real = Path.open
+        patch.setattr(Path, "open", lambda p, *a, **k: full() if a == ("a",) else real(p, *a, **k))
+        with pytest.raises(UserError, match=r"log\.jsonl, that failed \(No space left on device\)"):
+            trained(model, data, replace(SMALL, save_every=3), half)
     assert trained(model, data, replace(SMALL, save_every=3), half)[1].steps == 6
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from circuitune import cli, methods, tune
 from circuitune.config import TuneConfig
@@ -277,6 +278,30 @@ def test_precision(tiny: Callable[..., Model]) -> None:
     twin = in_precision(tiny(), torch.bfloat16)
     assert twin.dtype is torch.bfloat16
     assert tiny().dtype is torch.float64
+
+
+def test_a_copy_in_another_precision_is_never_whole_in_the_first(
+    tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are cast one by one, tied ones once; buffers keep their precision."""
+    model = tiny("gemma3_text")
+    copied = nn.Parameter.__deepcopy__
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda p, memo: pytest.fail("a whole copy"))
+    twin = in_precision(model, torch.bfloat16)
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", copied)
+    assert {p.dtype for p in twin.hf.parameters()} == {torch.bfloat16}
+    assert len(list(twin.hf.parameters())) == len(list(model.hf.parameters()))
+    kept = dict(model.hf.named_buffers())
+    assert kept.keys() == dict(twin.hf.named_buffers()).keys()
+    assert all(torch.equal(value, kept[name]) for name, value in twin.hf.named_buffers())
+
+
+def test_tuning_on_another_gpu_than_the_first_is_refused(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Model, "device", property(lambda _: torch.device("cuda:1")))
+    with pytest.raises(UserError, match="set CUDA_VISIBLE_DEVICES=1 and start with"):
+        tune._check(model, SMALL)
 
 
 def test_texts_do_not_depend_on_the_method(model: Model, run: Path) -> None:

@@ -16,13 +16,12 @@ from typing import Annotated, Any
 
 import typer
 
+from circuitune import __version__, ranks, runs
 from circuitune import config as configs
-from circuitune import ranks, runs
 from circuitune.errors import UserError
 from circuitune.recipes import IMPLEMENTATION, stage_options, with_options
 
 app = typer.Typer(
-    help="Find the heads with which a language model calculates, prove it, and tune only them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -105,6 +104,13 @@ def run_stage(name: str, run: Path, options: Any, model: LoadedModel) -> None:
         say(f"{name}: done before, nothing changed")
         return
     loaded = model()
+    stages = ranks.first(lambda: runs.read_manifest(run))["stages"]
+    for earlier, by in ranks.first(lambda: runs.outdated(run, stages)).items():
+        if set(runs.STAGES[earlier].outputs) & set(stage.inputs):
+            say(
+                f"{earlier} was run before {by} was run anew, and is used as it is; `circuitune "
+                f"{earlier} {run}` makes it anew"
+            )
     ranks.first(lambda: runs.note_model(run, loaded.describe()))
     if name in SHARED:
         compute()
@@ -134,8 +140,26 @@ def _open(run: Path) -> LoadedModel:
 @contextmanager
 def _create(model: str, out: Path, options: dict[str, str | None]) -> Iterator[LoadedModel]:
     first = ranks.rank() == 0
+    if os.path.exists(os.path.expanduser(model)):  # the run may be gone on with from elsewhere
+        model = os.path.abspath(os.path.expanduser(model))
     with runs.opened(out, model, options, runs.command_line()) if first else nullcontext():
         yield LoadedModel(model, options)
+
+
+def _version(wanted: bool | None) -> None:
+    if wanted:
+        typer.echo(f"circuitune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool | None,
+        typer.Option("--version", help="Show the version.", callback=_version, is_eager=True),
+    ] = None,
+) -> None:
+    """Find the heads with which a language model calculates, prove it, and tune only them."""
 
 
 @app.command("check")

@@ -117,8 +117,8 @@ def _check_holds(delta: Delta) -> None:
             )
         if not name.endswith(".weight") and bool(value.any()):
             raise UserError(
-                f"A LoRA adapter has no place for biases, the delta changes {name}; train without "
-                "them or use `circuitune export --as merged`."
+                f"A LoRA adapter has no place for biases, the delta changes {name}; use "
+                "`circuitune export --as merged`, or tune with --methods lora_heads."
             )
     if not any(name.endswith(".weight") for name in delta.names):
         raise UserError(

@@ -108,6 +108,13 @@ class Model:
         """The most tokens that the model was made for, if its configuration says so."""
         return getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
 
+    @property
+    def counts_positions(self) -> bool:
+        """Whether each position has a learned embedding, so that none beyond `context` can run."""
+        entry = self.hf.get_input_embeddings()
+        parts = (part for part in self.trunk.modules() if part is not entry)
+        return any(isinstance(part, nn.Embedding) for part in parts)
+
     def layer(self, index: int) -> nn.Module:
         """One decoder layer."""
         return attrgetter(self.family.layers)(self.hf)[index]

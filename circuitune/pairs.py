@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from circuitune.config import PairsConfig
 from circuitune.errors import UserError
-from circuitune.memory import estimate
+from circuitune.memory import check_fits
 from circuitune.models import Model
 from circuitune.patching import end_states, first_choice, sweep_seconds
 from circuitune.problems import Operator, Problem, enumerate_problems, split_groups, templates
@@ -421,7 +421,7 @@ def preflight(model: Model, config: PairsConfig) -> list[str]:
             f"[{trial['low']:.0%}, {trial['high']:.0%}] of {trial['n']} prompts{kept}"
         )
     pairs, tokens = config.per_split, TYPICAL_TOKENS
-    cost = f"{sweep_seconds(model, pairs):.0f} s, {estimate(model, pairs, tokens)}"
+    cost = f"{sweep_seconds(model, pairs):.0f} s, {check_fits(model, [tokens] * pairs)}"
     return [*lines, f"a sweep over {pairs} pairs of {tokens} tokens: {cost}"]
 
 

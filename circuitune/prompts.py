@@ -161,14 +161,14 @@ def _prefill(model: Model, lists: Sequence[Sequence[Sequence[int]]]) -> Prompts:
     """`prefill` of lists of as many prompts each, what is at one place of each side by side.
 
     Raises:
-        UserError: a prompt is longer than the model's context.
+        UserError: a prompt is longer than the positions that the model has learned.
     """
     start = _common_start(model, [prompt for prompts in lists for prompt in prompts])
     longest = max(len(prompt) for prompts in lists for prompt in prompts)
-    if model.context and longest > model.context:
+    if model.context and model.counts_positions and longest > model.context:
         raise UserError(
-            f"A prompt must fit into the {model.context} tokens that {model.source} was made for, "
-            f"the longest has {longest}; shorten it or leave it out."
+            f"A prompt must fit into the {model.context} positions of {model.source}, the longest "
+            f"has {longest} tokens; shorten it or leave it out."
         )
     count = len(lists[0])
     lengths = [max(len(prompts[i]) for prompts in lists) - start for i in range(count)]
@@ -269,7 +269,7 @@ def continued(
     tokens: Int[Tensor, "example token"],
     mask: Int[Tensor, "example token"],
     settings: GenerationConfig,
-) -> Int[Tensor, "answer longer"]:
+) -> Int[Tensor, "_ _"]:
     """What Hugging Face's ``generate`` writes by these settings alone, prompts in front.
 
     A checkpoint's own settings would fill what they leave open, a penalty on the digits of the

@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -78,6 +78,10 @@ STAGES = {
         Stage("benchmark", (), ("eval.json", "samples.parquet")),
     )
 }
+
+
+# Beginnings of names of what a stage keeps while it runs, or leaves when it is interrupted.
+PARTS = tuple(f".{name}-" for name in STAGES)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -217,12 +221,11 @@ def _create(run: Path, model: str, options: dict[str, Any], command: Sequence[st
         ) from error
     if (run / MANIFEST).exists():
         manifest = read_manifest(run)
-        if manifest["model"].get("id") != model:
+        if model not in (found := manifest["model"].get("id", ""), os.path.abspath(found)):
             raise UserError(
-                f"A run directory belongs to one model, {run} holds {manifest['model'].get('id')}; "
-                "choose another --out."
+                f"A run directory belongs to one model, {run} holds {found}; choose another --out."
             )
-    elif any(run.iterdir()):
+    elif not all(path.name.startswith(PARTS) for path in run.iterdir()):
         raise UserError(
             f"--out must be a new folder or a run directory, {run} holds other files; choose "
             "another --out."
@@ -292,6 +295,24 @@ def is_done(run: Path, stage: Stage, config: Any) -> bool:
     return all(digest(run / name) == entry["outputs"].get(name) for name in stage.outputs)
 
 
+def outdated(run: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Finished stages whose inputs were made anew since, and the stage that made these.
+
+    Args:
+        run: the run directory.
+        entries: ``stages`` of its manifest; those of older versions do not tell.
+    """
+    makers = {name: stage.name for stage in reversed(STAGES.values()) for name in stage.outputs}
+    found: dict[str, str] = {}
+    for stage in STAGES:
+        used = entries.get(stage, {}).get("inputs", {})
+        changed = [makers[name] for name, known in used.items() if digest(run / name) != known]
+        changed += [found[makers[name]] for name in used if makers[name] in found]
+        if changed:
+            found[stage] = changed[0]
+    return found
+
+
 def require_inputs(run: Path, stage: Stage) -> None:
     """Refuse to start a stage whose input files are absent, or were made with another model.
 
@@ -356,6 +377,7 @@ def writing(run: Path, stage: Stage, config: Any, *, processes: int = 1) -> Iter
         processes: how many work on it; noted, but not hashed, since results do not depend on it.
     """
     key = stage_key(run, stage, config)
+    inputs = {name: digest(run / name) for name in (*stage.inputs, *stage.optional)}
     made_with = identity(read_manifest(run)["model"]["id"])
     started = time.monotonic()
     work = Path(tempfile.mkdtemp(prefix=f".{stage.name}-", dir=run))
@@ -375,6 +397,7 @@ def writing(run: Path, stage: Stage, config: Any, *, processes: int = 1) -> Iter
             "model": made_with,
             "seconds": round(time.monotonic() - started, 2),
             "processes": processes,
+            "inputs": {name: known for name, known in inputs.items() if known},
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "outputs": {name: digest(run / name) for name in stage.outputs},
         }

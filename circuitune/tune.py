@@ -334,7 +334,9 @@ def outlook(model: Model, config: TuneConfig, run: Path) -> list[Any]:
         mlps = pick_mlps(run, config.mlps)
         method = methods.build(name, model, heads, mlps, config.form, rng)
         cached = config.cache and method.prefix and method.lowest > 0
+        parts = ", ".join(map(str, (*method.heads, *method.mlps)))
         lines += ["", *plan(model, method, work, cached=cached, dtype=dtype).lines()]
+        lines += [f"components: {parts}"] if parts else []
     return lines
 
 

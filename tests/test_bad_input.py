@@ -184,6 +184,11 @@ def test_rules_and_bounds(
     assert not (out / "circuit.json").exists()
 
 
+def test_check_keeps_to_the_bound_on_memory(refused: Refused, tiny_folder: Path) -> None:
+    message = refused("check", tiny_folder, "--max-memory", "1M")
+    assert "--max-memory must hold a sweep in its smallest pieces" in message
+
+
 @pytest.mark.parametrize("name", ["package:", "package:foo.bar", "package:not there"])
 def test_odd_package_names(refused: Refused, out: Path, name: str) -> None:
     assert "must be installed" in refused("locate", name, "--out", out)
@@ -305,6 +310,18 @@ def test_run_directory_of_another_model(refused: Refused, run: Path, tiny_folder
     before = contents(run)
     assert "choose another --out" in refused("locate", tiny_folder, "--out", run)
     assert contents(run) == before
+
+
+def test_a_run_goes_on_from_another_folder(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_folder.parent)
+    few = ["--pairs", pairs_file, "--most", 2, "--draws", 100, "--no-graph"]
+    words = ["locate", tiny_folder.name, "--out", tmp_path / "run", *few]
+    cli.app(list(map(str, words)), standalone_mode=False)
+    monkeypatch.chdir(tmp_path)
+    cli.app(["tune", "run", "--dry-run", "--heads", "2"], standalone_mode=False)
+    assert runs.read_manifest(tmp_path / "run")["model"]["id"] == str(tiny_folder)
 
 
 def test_failing_command_leaves_an_earlier_run_as_it_was(
@@ -571,7 +588,7 @@ def test_texts_that_are_longer_than_the_model_reads(
     long.write_text(own.read_text().replace('"clean": "', '"clean": "' + "Math. " * 11))
     data.write_text(json.dumps({"prompt": "3 + 5 = " * 9, "completion": "8 " * 9}) + "\n")
     message = refused("locate", folder, "--out", out, "--pairs", long)
-    assert "A prompt must fit into the 64 tokens" in message
+    assert "A prompt must fit into the 64 positions of" in message
     assert not out.parent.exists()
     few = ["--pairs", own, "--most", 2, "--draws", 100, "--no-graph"]
     cli.app(list(map(str, ["locate", folder, "--out", out, *few])), standalone_mode=False)

@@ -1,6 +1,7 @@
 """The report: its numbers come from the run, its page stands alone, its errors are sentences."""
 
 import ast
+import hashlib
 import json
 import os
 import shutil
@@ -108,6 +109,44 @@ def test_a_circuit_without_components_is_reported_as_such(tmp_path: Path) -> Non
     run = write_run(tmp_path / "run", stages=())
     edit_json(run / "circuit.json", lambda circuit: {**circuit, "components": []})
     assert "No component was chosen for addition" in read_page(run).text
+
+
+def test_a_ranking_without_a_circuit_is_reported_as_such(run: Path) -> None:
+    edit_json(run / "circuit.json", lambda circuit: {**circuit, "size": 0})
+    assert "No circuit was found for addition: no number of the" in headline(run)
+    assert "Removing" not in headline(run)
+    assert "carry" not in headline(run)
+
+
+def test_stages_of_an_earlier_circuit_are_told_in_page_and_terminal(run: Path) -> None:
+    assert "run anew" not in read_page(run).text
+    digest = hashlib.sha256((run / "circuit.json").read_bytes()).hexdigest()
+    for known, stale in ((digest, False), ("0" * 64, True)):
+        edit_json(
+            run / "manifest.json",
+            lambda content, known=known: {
+                **content,
+                "stages": {"tune": {"inputs": {"circuit.json": known}}},
+            },
+        )
+        text = "tune was run before locate was run anew: its numbers are of what locate had made"
+        assert (text in read_page(run).text) == stale
+        assert (text in " ".join(printed(run, width=120).split())) == stale
+
+
+def test_pairs_that_are_not_answered_are_told(run: Path) -> None:
+    answered = "Only problems that the model answers are kept"
+    for correct in (10_000, 0):
+
+        def answer(selection: dict, correct: int = correct) -> dict:
+            for task in selection["tasks"].values():
+                task["correct"] = correct
+            return selection
+
+        edit_json(run / "selection.json", answer)
+        text = read_page(run).text
+        assert (answered in text) == (correct > 0)
+        assert ("All pairs are kept, also those" in text) == (correct == 0)
 
 
 def test_heatmap_holds_the_mean_effects(whole: Path, page: Page) -> None:
@@ -440,8 +479,8 @@ def test_import_leaves_torch_out() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_report_knows_only_errors_and_statistics() -> None:
-    allowed = ("circuitune.errors", "circuitune.stats", "circuitune.report")
+def test_the_report_knows_only_the_run_directory_errors_and_statistics() -> None:
+    allowed = ("circuitune.runs", "circuitune.errors", "circuitune.stats", "circuitune.report")
     for path in Path(circuitune.report.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -272,6 +272,52 @@ def test_a_run_in_which_nothing_finished_disappears(
     assert not (tmp_path / "a").exists()
 
 
+def test_a_stage_is_outdated_when_its_input_was_made_anew(run: Path) -> None:
+    """Also by way of a stage between; not where an input was absent, nor where none was noted."""
+
+    def found() -> dict[str, str]:
+        return runs.outdated(run, read_manifest(run)["stages"])
+
+    for name in ("tune", "evaluate"):
+        with writing(run, STAGES[name], CONFIG) as work:
+            for output in STAGES[name].outputs:
+                (work / output).write_text(name)
+    perform(run)
+    (run / "paths.parquet").write_text("traced later")  # which `tune` can do without
+    assert found() == {}
+    (run / "circuit.json").write_text("another circuit")
+    assert found() == {"validate": "locate", "tune": "locate", "evaluate": "locate"}
+    (run / "circuit.json").write_text("circuit.json")
+    (run / "tune.json").write_text("tuned anew")
+    assert found() == {"evaluate": "tune"}
+    stages = {name: {"hash": "of an older version"} for name in STAGES}
+    assert runs.outdated(run, stages) == {}
+
+
+def test_a_first_stage_that_was_interrupted_can_go_on(tmp_path: Path, model: Path) -> None:
+    folder = tmp_path / "run"
+    for _ in range(2):
+        with suppress(KeyboardInterrupt), opened(folder, str(model), LOAD, ["circuitune"]):
+            progress(folder, STAGES["benchmark"], CONFIG).once("first", lambda: 1)
+            raise KeyboardInterrupt
+        assert [path.name[:17] for path in folder.iterdir()] == [".benchmark-parts-"]
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        opened(folder, str(model), LOAD, ["circuitune"]).__enter__()
+
+
+def test_a_run_made_with_a_relative_path_goes_on_with_the_absolute_one(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with opened(tmp_path / "run", "model", LOAD, ["circuitune"]):
+        pass
+    with opened(tmp_path / "run", str(model), LOAD, ["circuitune"]):
+        pass
+    with pytest.raises(UserError, match="belongs to one model"):
+        opened(tmp_path / "run", str(model.parent), LOAD, ["circuitune"]).__enter__()
+
+
 def test_an_empty_folder_stays_empty(tmp_path: Path, model: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -229,6 +229,7 @@ def test_the_outlook_tells_data_mask_and_cost(model: Model, run: Path) -> None:
     text = "\n".join(lines)
     assert "precise" in text
     assert "full" in text
+    assert text.count("components: ") == 1  # heads of the one, all of the other
     assert not list(run.glob(".tune-*"))
 
 

@@ -28,8 +28,12 @@ def _located(run: Run) -> Sentence:
     if not circuit.components:
         heads = fmt.count(model.layers * model.heads)
         return sentence(f"No component was chosen for {task}: none of {heads} heads passes.")
-    chosen = circuit.components[: circuit.size] or circuit.components
-    ids = [part.id for part in chosen]
+    if not circuit.size:
+        return sentence(
+            f"No circuit was found for {task}: no number of the {len(circuit.components)} "
+            "components that were ranked takes away what the model answers."
+        )
+    ids = [part.id for part in circuit.components[: circuit.size]]
     first = circuit.components[0]
     size = Phrase(f"{len(ids)} of {_total(run, ids)}", "top")
     effect = Phrase(fmt.effect_in_words(circuit.metric, first.effect), "top")
@@ -44,6 +48,8 @@ def _located(run: Run) -> Sentence:
 
 def _knocked_out(run: Run, curves: Knockouts) -> Sentence | None:
     task = run.circuit.task
+    if not run.circuit.size:
+        return None
     top = curves.curve("top", task)
     k = run.circuit.size if top and top.at(run.circuit.size) else top and telling_size(top)
     point = top.at(k) if top and k is not None else None

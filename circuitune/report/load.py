@@ -33,6 +33,7 @@ from circuitune.report.records import (
     TunedVariant,
     Tuning,
 )
+from circuitune.runs import outdated
 
 _EFFECT_COLUMNS = ("component", "layer", "example", "metric", "effect")
 _KNOCKOUT_COLUMNS = ("set", "k", "draw", "ablation", "where", "task", "accuracy", "n")
@@ -104,6 +105,7 @@ def load(run: Path) -> Run:
         tuning=tuning and _tuning(tuning),
         evaluations=records and tuple(r for r in records if not _is_benchmark(r)),
         benchmarks=tuple(r for r in records or () if _is_benchmark(r)),
+        outdated=outdated(run, manifest.stages),
     )
 
 

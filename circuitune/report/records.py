@@ -5,7 +5,7 @@ stage that writes it has not run.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -298,6 +298,7 @@ class Run:
             heads were chosen on); numbers from `low` on may be NaN, `source` empty.
         judgement: `validate.json`, None where an older version validated the run.
         transfer: How far the circuit reaches, `transfer.json`.
+        outdated: Stages whose inputs were made anew since, and the stage that made these.
     """
 
     path: Path
@@ -313,3 +314,4 @@ class Run:
     tuning: Tuning | None
     evaluations: tuple[Evaluation, ...] | None
     benchmarks: tuple[Evaluation, ...] = ()
+    outdated: Mapping[str, str] = field(default_factory=dict)

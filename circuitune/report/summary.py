@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from circuitune.report import feeds
 from circuitune.report import format as fmt
@@ -56,6 +57,7 @@ class Summary:
     Attributes:
         title: Task and model.
         headline: The result in a few sentences, computed from the data.
+        outdated: Stages whose results are of files that have changed since, a sentence for each.
         card: Facts about the model and the run, label and text.
         pairs: Tasks with the share of problems that the model answers.
         prefixes: Prompt prefixes that were tried, None where there was no choice.
@@ -79,6 +81,7 @@ class Summary:
 
     title: str
     headline: tuple[Sentence, ...]
+    outdated: tuple[str, ...]
     card: tuple[tuple[str, str], ...]
     pairs: Table
     prefixes: Table | None
@@ -106,9 +109,16 @@ def build(run: Run, measured: Measured) -> Summary:
     joint = circuit.joint
     ranks = [part.id for part in circuit.components]
     again = stage_command("validate", run.path)
+    model = run.manifest.model.id
+    named = Path(model).name if Path(model).is_absolute() else model
     return Summary(
-        title=f"{fmt.task_name(circuit.task).capitalize()} in {run.manifest.model.id}",
+        title=f"{fmt.task_name(circuit.task).capitalize()} in {named}",
         headline=headline(run, curves),
+        outdated=tuple(
+            f"{stage} was run before {by} was run anew: its numbers are of what {by} had made "
+            f"before; `{stage_command(stage, run.path)}` makes them anew."
+            for stage, by in run.outdated.items()
+        ),
         card=_card(run),
         pairs=_pairs(run),
         prefixes=_prefixes(run),
@@ -138,6 +148,7 @@ def _card(run: Run) -> tuple[tuple[str, str], ...]:
     heads = f"{model.layers} \u00d7 {model.heads} = {fmt.count(model.layers * model.heads)}"
     shared = f", {model.kv_heads} key-value" if model.kv_heads != model.heads else ""
     facts = [
+        ("Model", model.id if Path(model.id).is_absolute() else ""),
         ("Family", model.family),
         ("Parameters", f"{fmt.short_count(model.parameters)}"),
         ("Layers \u00d7 heads", f"{heads}{shared}"),
@@ -176,7 +187,9 @@ def _pairs(run: Run) -> Table:
             for kept in run.selection.tasks
         ),
         note="Only problems that the model answers are kept: without a right answer, "
-        "nothing can be removed.",
+        "nothing can be removed."
+        if all(kept.select + kept.test <= kept.correct for kept in run.selection.tasks)
+        else "All pairs are kept, also those that the model does not answer.",
     )
 
 

@@ -29,6 +29,8 @@ def render(summary: Summary) -> RenderableType:
     parts: list[RenderableType] = [Rule(Text(summary.title, style="bold")), Text()]
     for line in summary.headline:
         parts += [_sentence(line), Text()]
+    for line in summary.outdated:
+        parts += [Text(line, style="bold red"), Text()]
     located = (summary.pairs, summary.ranking, summary.single_pass)
     tuning = summary.tuning and summary.tuning.transposed()
     for line in summary.certainty:

@@ -132,6 +132,15 @@ def _writing(run: Path, stage: runs.Stage, options: Any) -> Iterator[Path]:
             yield Path(work)
 
 
+def _tell(run: Path) -> None:
+    """What the run shows by now, and what comes next, in a few lines."""
+    told = importlib.import_module("circuitune.report").summarise(run)
+    for line in (*told.headline, *told.outdated):
+        typer.echo(str(line))
+    if told.steps:
+        typer.echo(f"next: {told.steps[0].command}")
+
+
 def _open(run: Path) -> LoadedModel:
     manifest = ranks.first(lambda: runs.read_manifest(run))
     return LoadedModel(manifest["model"]["id"], manifest["load"])
@@ -218,6 +227,7 @@ def locate_command(
     with _create(model, out, load) as loaded:
         run_stage("pairs", out, pairs, loaded)
         run_stage("locate", out, locate, loaded)
+    ranks.first(lambda: _tell(out))
 
 
 @app.command("validate")
@@ -226,6 +236,7 @@ def validate_command(run: RunFolder, values: dict[str, Any], config: ConfigFile 
     """Knock out the chosen heads on the held-out half, next to random heads."""
     (options,) = stage_options(values | {"config": config}, "validate")
     run_stage("validate", run, options, _open(run))
+    ranks.first(lambda: _tell(run))
 
 
 @app.command("explain")
@@ -234,6 +245,7 @@ def explain_command(run: RunFolder, values: dict[str, Any], config: ConfigFile =
     """What the chosen heads look at and write, and what the MLPs make of it."""
     (options,) = stage_options(values | {"config": config}, "explain")
     run_stage("explain", run, options, _open(run))
+    ranks.first(lambda: _tell(run))
 
 
 @app.command("transfer")
@@ -242,6 +254,7 @@ def transfer_command(run: RunFolder, values: dict[str, Any], config: ConfigFile 
     """Knock out heads found on one task in all others; compare the tuned model's effects."""
     (options,) = stage_options(values | {"config": config}, "transfer")
     run_stage("transfer", run, options, _open(run))
+    ranks.first(lambda: _tell(run))
 
 
 @app.command("tune")
@@ -266,6 +279,7 @@ def tune_command(
                 Console().print(line, markup=False, highlight=False, soft_wrap=True)
         return
     run_stage("tune", run, options, _open(run))
+    ranks.first(lambda: _tell(run))
 
 
 @app.command("evaluate")

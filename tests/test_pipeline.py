@@ -10,6 +10,7 @@ import pytest
 
 from circuitune import cli
 from circuitune.deltas import load_delta
+from circuitune.report import summarise
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,11 @@ def test_changed_options_redo_only_what_depends_on_them(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command("validate", str(finished), "--sizes", "1,2", "--controls", "10")
-    assert "validate:" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "validate:" in shown.err
+    told = summarise(finished)
+    steps = [f"next: {step.command}" for step in told.steps[:1]]
+    assert shown.out.splitlines() == [*map(str, told.headline), *told.outdated, *steps]
     sizes = {0, 1, 2, own_size(finished, 1)}
     assert set(pd.read_parquet(finished / "knockout.parquet")["k"]) == sizes
     command(
@@ -165,6 +170,7 @@ def test_recipe_gives_options_and_flags_win(
         seen[name] = options
 
     monkeypatch.setattr(cli, "run_stage", keep)
+    monkeypatch.setattr(cli, "_tell", lambda run: None)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"pairs: {{pairs: {pairs_file}, seed: 3}}\nlocate: {{most: 5, seed: 3}}\n")
     run = str(tmp_path / "run")

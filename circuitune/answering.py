@@ -14,7 +14,7 @@ from circuitune.problems import Problem, completion
 from circuitune.prompts import continued, pad_left, similar_lengths
 
 PROMPTS_PER_BATCH = 64
-NEW_TOKENS = 5  # at most three digits, after a space perhaps, and what ends the number
+NEW_TOKENS = 5  # at least: three digits, after a space perhaps, and what ends the number
 # The number that an answer starts with, unless it goes on as a decimal fraction.
 ANSWER = re.compile(r"\s*(-?\d+)(?!\d|[.,]\d)")
 
@@ -51,6 +51,9 @@ def exact_match(
 ) -> Bool[np.ndarray, " example"]:
     """Whether the whole generated answer is right, per problem."""
     asked = [writing.write(*completion(problem))[0] for problem in problems]
-    texts = generate(model, [encode_text(model.tokenizer, prompt) for prompt in asked])
+    longest = max((len(str(problem.answer)) for problem in problems), default=0)
+    tokens = [encode_text(model.tokenizer, prompt) for prompt in asked]
+    longest += 1 + writing.spaced_answer  # the number may go on, and is wrong then
+    texts = generate(model, tokens, new_tokens=max(NEW_TOKENS, longest))
     pairs = zip(problems, texts, strict=True)
     return np.array([read_answer(text) == problem.answer for problem, text in pairs])

@@ -16,6 +16,7 @@ test is McNemar's for right and wrong answers, else sign flips.
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -32,6 +33,9 @@ from circuitune.stats import (
     paired_difference,
     sign_flip_p,
 )
+
+# What is averaged: hits, differences of hits, or anything else.
+Kind = Literal["shares", "differences", "numbers"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,9 @@ def score(scores: Sequence[Scores], *, seed: int = 0) -> Interval:
     rows = [one.scaled for one in _aligned(scores)]
     first = scores[0]
     if len(rows) > 1:
-        return _two_way(np.stack(rows), first.groups)[0]
+        hits = first.weights is None and all(_are_hits(one) for one in rows)
+        found = _two_way(np.stack(rows), first.groups, "shares" if hits else "numbers")[0]
+        return _within(found, 0.0, 1.0) if hits else found
     if first.weights is None and _are_hits(first.values):
         return clustered_proportion(rows[0], rng=rng, groups=first.groups)
     return bootstrap_mean(rows[0], rng=rng, groups=first.groups)
@@ -142,7 +148,8 @@ def compare(
     rows = np.stack([x.scaled - y.scaled for x, y in zip(first, second, strict=True)])
     wins, losses = (int((sign * rows > 0).sum()) for sign in (1, -1))
     if len(rows) > 1:
-        difference, p = _two_way(rows, groups)
+        difference, p = _two_way(rows, groups, "differences" if hits else "numbers")
+        difference = _within(difference, -1.0, 1.0) if hits else difference
     else:
         pair = (first[0].scaled, second[0].scaled)
         difference = paired_difference(*pair, rng=rng, groups=groups)
@@ -172,7 +179,7 @@ def family(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def mean_over_tasks(pairs: Sequence[tuple[Sequence[Scores], Sequence[Scores]]]) -> Interval:
-    """Difference of the plain means over tasks; tasks are fixed and share no questions.
+    """Difference of the plain means over tasks; tasks are fixed, their questions independent.
 
     Args:
         pairs: of each task the scores of both variants, as in `compare`; seeds in the same order.
@@ -184,12 +191,13 @@ def mean_over_tasks(pairs: Sequence[tuple[Sequence[Scores], Sequence[Scores]]]) 
     for a, b in pairs:
         first, second = _matched(a, b)
         rows = [x.scaled - y.scaled for x, y in zip(first, second, strict=True)]
-        tables.append((np.stack(rows), a[0].groups))
-    if len({len(rows) for rows, _ in tables}) != 1:
+        hits = all(x.weights is None and _are_hits(x.values) for x in (*first, *second))
+        tables.append((np.stack(rows), a[0].groups, "differences" if hits else "numbers"))
+    if len({len(rows) for rows, _, _ in tables}) != 1:
         raise ValueError("a mean over tasks needs at least one task and the same seeds for all")
-    ours = [_question_variance(rows, groups) for rows, groups in tables]
-    means = np.mean([rows.mean(axis=1) for rows, _ in tables], axis=0)
-    size = sum(rows.shape[1] for rows, _ in tables)
+    ours = [_question_variance(*table) for table in tables]
+    means = np.mean([rows.mean(axis=1) for rows, _, _ in tables], axis=0)
+    size = sum(rows.shape[1] for rows, _, _ in tables)
     question = sum(variance for variance, _ in ours) / len(ours) ** 2
     return _interval(means, question, sum(units for _, units in ours), size)[0]
 
@@ -246,24 +254,47 @@ def _matched(a: Sequence[Scores], b: Sequence[Scores]) -> tuple[list[Scores], li
 
 
 def _two_way(
-    rows: Float[np.ndarray, "seed example"], groups: Sequence[Hashable] | None
+    rows: Float[np.ndarray, "seed example"], groups: Sequence[Hashable] | None, kind: Kind
 ) -> tuple[Interval, float]:
     """Mean over questions and seeds, its interval, and the p value of a mean of zero."""
-    variance, units = _question_variance(rows, groups)
+    variance, units = _question_variance(rows, groups, kind)
     return _interval(rows.mean(axis=1), variance, units, rows.shape[1])
 
 
 def _question_variance(
-    rows: Float[np.ndarray, "seed example"], groups: Sequence[Hashable] | None
+    rows: Float[np.ndarray, "seed example"], groups: Sequence[Hashable] | None, kind: Kind
 ) -> tuple[float, int]:
     """Variance of the mean over questions, and how many independent units are behind it.
 
-    The mean is a sum over groups; its variance is that of so many independent terms.
+    The mean is a sum over groups; its variance is that of so many independent terms, and not less
+    than `_least_variance`.
     """
     sums = _by_group(rows.mean(axis=0), groups)
-    if len(sums) < 2:
-        return math.inf, len(sums)
-    return len(sums) * float(sums.var(ddof=1)) / rows.shape[1] ** 2, len(sums)
+    units = len(sums)
+    if units < 2:
+        return math.inf, units
+    variance = units * float(sums.var(ddof=1)) / rows.shape[1] ** 2
+    return max(variance, _least_variance(rows, units, kind)), units
+
+
+def _least_variance(rows: Float[np.ndarray, "seed example"], units: int, kind: Kind) -> float:
+    """The variance of a mean of hits with a few imagined ones added, however many seeds agree.
+
+    Without it ten questions that all seeds answer alike would pass as certainty: Agresti and Coull
+    (1998) for shares, Bonett and Price (2012) for their paired differences.
+    """
+    if kind == "numbers":
+        return 0.0
+    if kind == "shares":
+        share = (rows.mean() * units + 2) / (units + 4)
+        return float(share * (1 - share) / (units + 4))
+    wins, losses = (((sign * rows > 0).mean() * units + 1) / (units + 2) for sign in (1, -1))
+    return float((wins + losses - (wins - losses) ** 2) / (units + 2))
+
+
+def _within(found: Interval, low: float, high: float) -> Interval:
+    """The interval without values that the mean cannot have."""
+    return replace(found, low=max(found.low, low), high=min(found.high, high))
 
 
 def _interval(

@@ -143,6 +143,7 @@ def evaluate(model: Model, config: EvaluateConfig, run: Path, work: Path) -> Non
     Raises:
         UserError: an option is unusable, or a delta does not fit the model.
     """
+    _check(model, config)
     pair_set, deltas = PairSet.load(run), tuned_variants(run)
     options = next(iter(deltas.values())).facts["options"]
     kept = lasting(run, STAGES["evaluate"], config)
@@ -156,6 +157,7 @@ def benchmark(model: Model, config: EvaluateConfig, run: Path, work: Path) -> No
     Raises:
         UserError: an option is unusable.
     """
+    _check(model, config)
     kept = lasting(run, STAGES["benchmark"], config)
     options = asdict(TuneConfig(seed=config.seed))
     try:
@@ -165,6 +167,15 @@ def benchmark(model: Model, config: EvaluateConfig, run: Path, work: Path) -> No
     else:
         parts = [_arithmetic(model, {}, pair_set, options, config)]
     _write([*parts, *_beside(model, {}, config, kept)], work)
+
+
+def _check(model: Model, config: EvaluateConfig) -> None:
+    """Refuse before anything is measured what the suite would refuse after it."""
+    if config.suite and config.chat and not model.tokenizer.chat_template:
+        raise UserError(
+            f"--chat needs a tokenizer with a chat template, that of {model.source} has none; "
+            "leave the option out."
+        )
 
 
 def _write(parts: Sequence[Measured], work: Path) -> None:

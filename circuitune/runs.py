@@ -284,6 +284,9 @@ def stage_key(run: Path, stage: Stage, config: Any) -> str:
         "file": digest(Path(extra)) if extra else "",
         "circuitune": __version__,
     }
+    folder = getattr(config, "data_dir", None)
+    if folder and os.path.isdir(folder):
+        content["data"] = fingerprint(folder)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

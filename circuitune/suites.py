@@ -228,7 +228,8 @@ def sample_frame(
                 value, weight = record[metric], 1.0
                 if isinstance(value, tuple | list):  # log likelihood, and words behind it
                     value, weight = -value[0] / value[1], float(value[1])
-                output = record["filtered_resps"][0]
+                output = record["resps"][0]  # as it was written, before any filter
+                output = output[0] if isinstance(output, tuple | list) else output
                 rows.append(
                     {
                         "task": file.name,
@@ -329,8 +330,9 @@ def _shown(metric: str, value: Interval, *, difference: bool) -> Interval:
     """Losses as perplexities, a difference of losses as a relative change; the rest as it is."""
     if metric != PERPLEXITY:
         return value
-    ends = [math.exp(x) - difference for x in (value.estimate, value.low, value.high)]
-    return Interval(*ends, value.n)
+    with np.errstate(over="ignore"):  # a model that is lost has no finite perplexity
+        ends = np.exp([value.estimate, value.low, value.high]) - difference
+    return Interval(*ends.tolist(), value.n)
 
 
 def _record(task: str, name: str, metric: str, value: Interval, n: int) -> dict[str, Any]:

@@ -6,8 +6,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from circuitune import answering
 from circuitune.answering import generate, read_answer
 from circuitune.models import Model
+from circuitune.pairs import Writing
+from circuitune.problems import Operator, Problem
 
 
 @pytest.mark.parametrize(
@@ -46,3 +49,20 @@ def test_generation_equals_one_prompt_at_a_time(
         expected = model.tokenizer.decode(tokens[len(prompt) :])
         assert text.startswith(expected)
     assert model.hf.generation_config is own
+
+
+def test_long_answers_are_read_to_their_end(
+    tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number that goes on after the right digits is wrong."""
+    asked: list[int] = []
+
+    def written(_model: Model, prompts: list[list[int]], *, new_tokens: int) -> list[str]:
+        asked.append(new_tokens)
+        return ["111111111111111"[:new_tokens]] * len(prompts)
+
+    monkeypatch.setattr(answering, "generate", written)
+    problem = Problem(Operator.parse("add"), 9999, 1112)
+    writing = Writing("", spaced_answer=False)
+    assert not answering.exact_match(tiny(), [problem], writing).any()
+    assert asked == [6]

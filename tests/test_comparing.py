@@ -242,3 +242,53 @@ def test_what_cannot_be_compared_is_refused() -> None:
         mean_over_tasks([])
     with pytest.raises(ValueError, match="shares"):
         questions_needed(0.1, margin=0.0)
+
+
+# ------------------------------------------------------------------------- few questions, seeds
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_seeds_that_agree_on_few_questions_show_nothing(seeds: int) -> None:
+    """As one seed would not: imagined questions stand beside the ten."""
+    same = [scores([1, 0] * 5, seed=seed) for seed in range(seeds)]
+    found = compare(same, [replace(one, variant="b") for one in same], rng=rng(), margin=0.01)
+    assert found.difference.estimate == 0
+    assert found.difference.low < -0.15 < 0.15 < found.difference.high
+    assert found.non_inferior is False
+    wins = [scores([1] * 3, seed=seed) for seed in range(seeds)]
+    found = compare(wins, [scores([0] * 3, "b")], rng=rng())
+    assert found.p > 0.1
+    assert found.difference.high == 1
+    none = score([scores([0] * 10, seed=seed) for seed in range(seeds)])
+    assert (none.estimate, none.low) == (0, 0)
+    assert 0.15 < none.high < 0.5
+
+
+def test_intervals_stay_where_shares_can_be() -> None:
+    chance = np.random.default_rng(2)
+    rows = [scores((chance.random(60) < share).astype(float)) for share in (0.02, 0.25)]
+    found = score(rows)
+    assert found.low == 0
+    assert found.high <= 1
+
+
+def test_a_mean_over_tasks_of_few_questions_is_not_certain() -> None:
+    tasks = [([scores([0] * 5)], [scores([0] * 5, "b")]) for _ in range(4)]
+    found = mean_over_tasks(tasks)
+    assert found.estimate == 0
+    assert found.low < -0.1 < 0.1 < found.high
+    numbers = [([scores([0.5] * 5)], [scores([0.5] * 5, "b")])]
+    assert mean_over_tasks(numbers).low == 0  # nothing is imagined beside measured numbers
+
+
+@pytest.mark.parametrize("questions", [50, 100, 300])
+def test_a_real_loss_is_seldom_called_none(questions: int) -> None:
+    """Three seeds that lose the same questions, 1.5 points of all: the margin is one point."""
+    chance = np.random.default_rng(questions)
+    wrong = 0
+    for _ in range(400):
+        lost = chance.random(questions) < 0.015
+        base = scores(np.ones(questions), "b")
+        tuned = [scores(1.0 - lost, seed=seed) for seed in range(3)]
+        wrong += compare(tuned, [base], rng=rng(), margin=0.01).non_inferior is True
+    assert wrong <= 400 * 0.025 + 3 * math.sqrt(400 * 0.025)

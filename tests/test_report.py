@@ -111,6 +111,14 @@ def test_a_circuit_without_components_is_reported_as_such(tmp_path: Path) -> Non
     assert "No component was chosen for addition" in read_page(run).text
 
 
+def test_prompts_may_hold_any_line_separator(run: Path) -> None:
+    lines = (run / "pairs.jsonl").read_text().split("\n")
+    pair = json.loads(lines[0]) | {"template": "one\u2028two\u0085three"}
+    text = "\n".join([json.dumps(pair, ensure_ascii=False), *lines[1:]])
+    (run / "pairs.jsonl").write_text(text, encoding="utf-8")
+    assert "Removing 3 of 270 heads" in headline(run)
+
+
 def test_a_ranking_without_a_circuit_is_reported_as_such(run: Path) -> None:
     edit_json(run / "circuit.json", lambda circuit: {**circuit, "size": 0})
     assert "No circuit was found for addition: no number of the" in headline(run)

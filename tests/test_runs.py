@@ -272,6 +272,20 @@ def test_a_run_in_which_nothing_finished_disappears(
     assert not (tmp_path / "a").exists()
 
 
+def test_data_sets_that_are_put_there_are_asked(run: Path, tmp_path: Path) -> None:
+    """A suite that missed one is not done when it comes, nor when one has changed."""
+    data = tmp_path / "data"
+    (data / "svamp").mkdir(parents=True)
+    stage, config = STAGES["evaluate"], EvaluateConfig(suite="svamp", data_dir=str(data))
+    keys = [runs.stage_key(run, stage, config)]
+    (data / "svamp" / "SVAMP.json").write_text("[]")
+    keys.append(runs.stage_key(run, stage, config))
+    (data / "svamp" / "SVAMP.json").write_text("[1]")
+    keys.append(runs.stage_key(run, stage, config))
+    assert len(set(keys)) == 3
+    assert runs.stage_key(run, stage, config) == keys[-1]
+
+
 def test_a_stage_is_outdated_when_its_input_was_made_anew(run: Path) -> None:
     """Also by way of a stage between; not where an input was absent, nor where none was noted."""
 

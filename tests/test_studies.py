@@ -141,7 +141,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The tables of planted results: precise is right on 20 % more questions than the base."""
     tables = tables_of(PAPER)
     rng = np.random.default_rng(0)
-    sure = {task: rng.random(200) for task in (*tables.MATH, *tables.KEPT)}
+    sure = {task: rng.random(400) for task in (*tables.MATH, *tables.KEPT)}
 
     def cell(share: float) -> dict:
         hits = {
@@ -162,7 +162,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_papers_table_shows_what_was_planted(planted: ModuleType) -> None:
-    found = planted.gain("smollm2", "precise", "base")
+    found = planted.gain(*planted.together("smollm2", "precise", "base"))
     assert found.low < 0.2 < found.high
     assert found.estimate == pytest.approx(0.2, abs=0.03)
     lines = planted.differences("smollm2", minus=[("precise", "base"), ("precise", "random")])
@@ -186,6 +186,18 @@ def test_the_papers_table_shows_what_was_planted(planted: ModuleType) -> None:
         )
     assert "full SFT" not in page.partition("## The paper's")[0].partition("## SmolLM2")[2]
     assert planted.picture("smollm2").count("<circle") == 2 * 3  # in the picture, and in the list
+
+
+def test_only_seeds_of_both_are_compared(planted: ModuleType) -> None:
+    (planted.RESULTS / "smollm2-random-2.json").unlink()
+    ours, theirs = planted.together("smollm2", "precise", "random")
+    assert list(ours) == list(theirs) == [1, 3]
+    lines = planted.differences("smollm2", minus=[("precise", "random"), ("precise", "lora")])
+    assert [line for line in lines if "32 heads" in line and "| 2 |" not in line] == []
+    assert not any("LoRA" in line for line in lines)
+    first = planted.percent(planted.gain({1: ours[1]}, planted.cells("smollm2", "base")), sign=True)
+    rows = planted.rows_of("smollm2", {"precise": "it"}, planted.calculating, seeds=[1])
+    assert rows["it"][:3] == ["it", "1", first]
 
 
 def test_the_papers_page_is_that_of_its_results() -> None:

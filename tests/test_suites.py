@@ -145,6 +145,14 @@ def test_a_model_is_asked_and_its_table_printed(
     assert "MMLU: not asked." in shown
 
 
+def test_a_chat_needs_a_template(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Said before anything is measured."""
+    words = ["evaluate", str(tiny_folder), "--suite", "svamp", "--data-dir", str(data), "--chat"]
+    with pytest.raises(UserError, match="--chat needs a tokenizer with a chat template"):
+        cli.app([*words, "--out", str(tmp_path / "run")], standalone_mode=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_equal_variants_do_not_differ(model: Model, data: Path, tmp_path: Path) -> None:
     found = answered(model, data, tmp_path, ("commonsense_qa", "wikitext"))
     records = suite_records(found, seed=0)
@@ -203,7 +211,7 @@ def test_a_task_that_cannot_be_read_is_named_and_the_rest_is_asked(
 
 def test_a_model_that_says_nothing_is_wrong_not_an_error() -> None:
     file = TaskFile("addsub", "math", ("addsub",), ("exact_match", "strict_match"), {}, 0.0)
-    record = {"doc_id": 0, "filter": "none", "filtered_resps": [""]}
+    record = {"doc_id": 0, "filter": "none", "filtered_resps": [""], "resps": [[""]]}
     record |= {"metrics": ["exact_match", "strict_match"], "exact_match": 0.0, "strict_match": 0.0}
     frame = sample_frame({"addsub": [record]}, file, "base")
     assert frame["value"].tolist() == [0.0, 0.0]

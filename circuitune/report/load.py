@@ -146,7 +146,7 @@ def _manifest(source: Source) -> Manifest:
 
 def _pairs(source: Source) -> tuple[Pair, ...]:
     pairs = []
-    for number, line in enumerate(source.text().splitlines(), start=1):
+    for number, line in enumerate(source.text().split("\n"), start=1):
         if line.strip():
             where = f"line {number}"
             item = source.item(source.parse(line, where), where)

@@ -127,7 +127,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def calculating(model: str, name: str, found: dict[int, Cell]) -> list[str]:
     """Gain over the base in the mean of the sets that calculate, and accuracy of each."""
-    first = "" if name == "base" else percent(gain(model, name, "base"), sign=True)
+    first = "" if name == "base" else percent(gain(found, cells(model, "base")), sign=True)
     return [first, *(percent(score(scores(found, name, task))) for task in MATH)]
 
 
@@ -181,21 +181,28 @@ def variants(model: str) -> list[str]:
     return [*gained, "", *table([*first, *COLUMNS[keeping]], [guessing, *kept])]
 
 
-def gain(model: str, one: str, two: str) -> Interval:
-    """Difference of the mean of the five sets that calculate."""
+def gain(ours: dict[int, Cell], theirs: dict[int, Cell]) -> Interval:
+    """Difference of the mean of the five sets that calculate; the base stands for each seed."""
+    return mean_over_tasks(
+        [(scores(ours, "ours", task), scores(theirs, "theirs", task)) for task in MATH]
+    )
+
+
+def together(model: str, one: str, two: str) -> tuple[dict[int, Cell], dict[int, Cell]]:
+    """Results of two cells for the seeds that both have; the base, not trained, has one for all."""
     ours, theirs = cells(model, one), cells(model, two)
-    pairs = [(scores(ours, one, task), scores(theirs, two, task)) for task in MATH]
-    if len(theirs) == 1 < len(ours):
-        pairs = [(a, b * len(a)) for a, b in pairs]
-    return mean_over_tasks(pairs)
+    if two == "base":
+        return (ours, theirs) if theirs else ({}, {})
+    seeds = sorted(ours.keys() & theirs.keys())
+    return {seed: ours[seed] for seed in seeds}, {seed: theirs[seed] for seed in seeds}
 
 
 def differences(model: str, *, minus: Sequence[tuple[str, str]]) -> list[str]:
     """Two tables of paired differences, Holm's correction over all tasks of a pair."""
     gained, kept = [], []
     for one, two in minus:
-        ours, theirs = cells(model, one), cells(model, two)
-        if not ours or not theirs:
+        ours, theirs = together(model, one, two)
+        if not ours:
             continue
         found = family(
             [
@@ -214,14 +221,14 @@ def differences(model: str, *, minus: Sequence[tuple[str, str]]) -> list[str]:
             judged = {True: " (not worse)", False: " (not shown)", None: ""}[result.non_inferior]
             shown.append(percent(result.difference, sign=True) + star + judged)
         label = f"{ROWS[one]} - {ROWS[two]}"
-        mean = percent(gain(model, one, two), sign=True)
-        gained.append([label, mean, *shown[: len(MATH)]])
-        kept.append([label, *shown[len(MATH) :]])
-    first = "difference, points"
+        mean = percent(gain(ours, theirs), sign=True)
+        gained.append([label, str(len(ours)), mean, *shown[: len(MATH)]])
+        kept.append([label, str(len(ours)), *shown[len(MATH) :]])
+    first = ("difference, points", "seeds")
     return [
-        *table([first, "mean of five", *(TITLES[task] for task in MATH)], gained),
+        *table([*first, "mean of five", *(TITLES[task] for task in MATH)], gained),
         "",
-        *table([first, *(TITLES[task] for task in KEPT)], kept),
+        *table([*first, *(TITLES[task] for task in KEPT)], kept),
     ]
 
 
@@ -248,7 +255,7 @@ def picture(model: str) -> str:
     for name, label in (ROWS | ABLATIONS).items():
         if name == "base" or not cells(model, name):
             continue
-        found = gain(model, name, "base")
+        found = gain(*together(model, name, "base"))
         ends = [100 * x for x in (found.estimate, found.low, found.high)]
         drift = score(drifts(cells(model, name), name))
         low = max(drift.low, drift.estimate / 10)  # few seeds may reach below 0, which has no log

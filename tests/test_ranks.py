@@ -19,6 +19,7 @@ from circuitune.errors import UserError
 from circuitune.models import load
 from circuitune.pairs import PairSet
 from circuitune.ranks import WHOLE, Share
+from circuitune.report import summarise
 from circuitune.tasks import prepare, survivors, sweep
 from circuitune.validate import validate
 from tests.test_house import ROOT, in_fresh_python
@@ -240,7 +241,8 @@ def test_locate_in_two_processes(
     done = launch(2, "-m", "circuitune", *locate(tiny_folder, pairs_file, run))
     said = [line.split(":")[0] for line in done.stderr.splitlines()]
     assert said == [f"loading {tiny_folder}", "pairs", "memory", "locate"]
-    assert done.stdout == ""
+    told = [*map(str, summarise(run).headline), f"next: circuitune validate {run}"]
+    assert done.stdout.splitlines() == told  # by one of them
 
     check_same_table(alone / "effects.parquet", run / "effects.parquet")
     one, two = (

@@ -146,7 +146,7 @@ def cell(bench: Bench, name: str, options: Options, seed: int) -> dict[str, Any]
     chosen = options | {"mlps": bench.model.layers} if options.get("mlps") == 0 else options
     took = folder / "cpu_seconds.json"
     if not took.is_file():
-        whole = not any(folder.glob(".tune-parts-*"))  # a run that goes on does not know its begin
+        whole = not any(folder.glob(".tune-parts-*"))  # a run that goes on has used more before
         before = time.process_time()
         tune(bench.model, overrides(TuneConfig, chosen | fixed), folder, folder / "out")
         seconds = round(time.process_time() - before) if whole else None

@@ -49,10 +49,11 @@ from circuitune.components import Component
 from circuitune.effects import EffectTable
 from circuitune.errors import UserError
 from circuitune.models import Model, load, resolve
-from circuitune.pairs import Encoded, Pair, Writing, encode, encode_text, find_writing
+from circuitune.pairs import Encoded, Pair, encode
 from circuitune.patching import REPLAY_ROWS
 from circuitune.problems import Operator, Problem, enumerate_problems, templates
 from circuitune.stats import bootstrap_mean
+from circuitune.writing import Writing, encode_text, find_writing
 
 TOP = 13  # heads whose order a screen must not change: 5 % of 270, the size of the paper's sets
 SENTENCE = templates(Operator.ADD)[0]  # 3 + 5 = , corrupt 3 @ 5 =

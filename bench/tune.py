@@ -37,8 +37,8 @@ IGNORED = -100
 def examples(model: Any, shape: str, count: int) -> list[Any]:
     """Training texts of one shape, the same for every row."""
     from circuitune.examples import Example, arithmetic_example
-    from circuitune.pairs import Writing, encode_text, shipped_paragraphs
     from circuitune.problems import Operator, sample_problems
+    from circuitune.writing import Writing, encode_text, shipped_paragraphs
 
     if shape == "sums":
         chosen = [Operator.parse(name) for name in ("add", "sub", "mul")]

@@ -9,9 +9,9 @@ from jaxtyping import Bool
 from transformers import GenerationConfig
 
 from circuitune.models import Model
-from circuitune.pairs import Writing, encode_text
 from circuitune.problems import Problem, completion
 from circuitune.prompts import continued, pad_left, similar_lengths
+from circuitune.writing import Writing, encode_text
 
 PROMPTS_PER_BATCH = 64
 NEW_TOKENS = 5  # at least: three digits, after a space perhaps, and what ends the number

@@ -26,8 +26,8 @@ from circuitune.checkpoints import resolve
 from circuitune.deltas import COMPONENTS, DELTA, Delta, has_digest
 from circuitune.errors import UserError
 from circuitune.models import Model, renaming, skeleton
-from circuitune.pairs import encode_text, shipped_paragraphs
 from circuitune.tensorfiles import INDEX, TensorFile, files_of
+from circuitune.writing import encode_text, shipped_paragraphs
 
 # Files that hold weights in some format; all others of a checkpoint are copied as they are.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt")

@@ -25,7 +25,6 @@ from circuitune.components import Head, check_components
 from circuitune.errors import UserError
 from circuitune.memory import most_tokens, used
 from circuitune.models import Model
-from circuitune.pairs import encode_text
 from circuitune.patching import UNEMBED_ROWS, finish, unembed
 from circuitune.prompts import TOKENS_PER_BATCH, Batch, Prompts, prefill, similar_lengths
 from circuitune.readers import MultipleChoice
@@ -39,6 +38,7 @@ from circuitune.stats import (
     non_inferior,
     paired_difference,
 )
+from circuitune.writing import encode_text
 
 # Keys and values of prompts that are kept between ablations; what is beyond is computed anew.
 KEPT_BYTES = 2 * 2**30

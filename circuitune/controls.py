@@ -14,10 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from circuitune.models import Model
-from circuitune.pairs import Pair, Split, Writing, answers_correctly, encode_text
+from circuitune.pairs import Pair, Split, answer_rate, answers_correctly
+from circuitune.writing import Writing, answer_token, encode_text
 
 # Most pairs of a half; as many again may be tried.
 PER_SPLIT = 48
@@ -90,7 +92,8 @@ class Control:
         pairs: pairs of both halves that the model answers; empty where they are too few.
         facts: how many prompts were ``tried``, had an answer of ``one_token``, were ``correct``;
             of those with one token, how many have the ``commonest`` answer, which a model that
-            always says it would get right; and the pairs kept in ``select`` and ``test``.
+            always says it would get right; the pairs kept in ``select`` and ``test``; and of those
+            with one token, the share of correct ones as ``rate`` with ``low`` and ``high``.
         asked: all pairs with a one-token answer, right or wrong; empty where ``pairs`` is.
     """
 
@@ -268,15 +271,20 @@ def keep(
     """
     kept: list[Pair] = []
     every: list[Pair] = []
+    right: list[np.ndarray] = []
     answers: Counter[str] = Counter()
-    facts = dict.fromkeys(("tried", "one_token", "correct", "commonest", *SPLITS), 0)
+    facts: dict[str, Any] = dict.fromkeys(
+        ("tried", "one_token", "correct", "commonest", *SPLITS), 0
+    )
     for split in SPLITS:
         mine: list[Pair] = []
         for start in range(0, batches * batch, batch):
             asked = halves[split][start : start + batch]
             tried = [_pair(name, question, writing, split) for question in asked]
-            single = [pair for pair in tried if answer_token(model.tokenizer, pair) is not None]
-            correct = _answered(model, single)
+            single = [pair for pair in tried if _token(model.tokenizer, pair) is not None]
+            hits = _hits(model, single)
+            correct = [pair for pair, hit in zip(single, hits, strict=True) if hit]
+            right.append(hits)
             answers.update(pair.answer for pair in single)
             every += single
             counts = (len(tried), len(single), len(correct))
@@ -288,6 +296,8 @@ def keep(
         kept += mine[:per_split]
         facts[split] = min(per_split, len(mine))
     facts["commonest"] = max(answers.values(), default=0)
+    if every:
+        facts |= answer_rate(np.concatenate(right), every)
     enough = min(facts[split] for split in SPLITS) >= LEAST and all(
         len({pair.answer for pair in kept if pair.split == split}) > 1 for split in SPLITS
     )
@@ -303,18 +313,14 @@ def _pair(name: str, question: Question, writing: Writing, split: Split) -> Pair
     return Pair(clean, corrupt, answer, name, question.template, split, question.group)
 
 
-def answer_token(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> int | None:
-    """Token id of a pair's answer after its clean prompt; None if it is not one token."""
-    ids = encode_text(tokenizer, pair.clean)
-    both = encode_text(tokenizer, pair.clean + pair.answer)
-    return both[-1] if len(both) == len(ids) + 1 and both[:-1] == ids else None
+def _token(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> int | None:
+    return answer_token(tokenizer, pair.clean, pair.answer)
 
 
-def _answered(model: Model, pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs whose answer is the model's first choice among all tokens."""
+def _hits(model: Model, pairs: Sequence[Pair]) -> np.ndarray:
+    """Whether the answers are the model's first choice among all tokens."""
     if not pairs:
-        return []
+        return np.zeros(0, bool)
     prompts = [encode_text(model.tokenizer, pair.clean) for pair in pairs]
-    tokens = [answer_token(model.tokenizer, pair) or 0 for pair in pairs]
-    hits = answers_correctly(model, prompts, tokens)
-    return [pair for pair, hit in zip(pairs, hits, strict=True) if hit]
+    tokens = [_token(model.tokenizer, pair) or 0 for pair in pairs]
+    return answers_correctly(model, prompts, tokens)

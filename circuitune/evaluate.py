@@ -20,7 +20,7 @@ from circuitune.deltas import Delta, merged, tuned_variants
 from circuitune.errors import UserError
 from circuitune.exercises import TEST_RESERVE, held_out_problems
 from circuitune.models import Model
-from circuitune.pairs import PairSet, Writing, make_pairs
+from circuitune.pairs import PairSet, make_pairs
 from circuitune.problems import Problem
 from circuitune.retention import drift, retention_text
 from circuitune.runs import STAGES, lasting, write_json
@@ -38,6 +38,7 @@ from circuitune.suites import (
     named_tasks,
     suite_records,
 )
+from circuitune.writing import Writing
 
 # Every other variant is compared with this one.
 CHIEF = "precise"

@@ -31,10 +31,10 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from circuitune.errors import UserError
-from circuitune.pairs import Writing, encode_text
 from circuitune.problems import Problem, completion
 from circuitune.texts import Chat, Completion, Record, Turn
 from circuitune.texts import read_training_data as read_training_data
+from circuitune.writing import Writing, encode_text
 
 IGNORED = -100  # label of positions without a loss, the convention of torch's cross entropy
 CONTAINED_WORDS = 8  # a test problem of fewer words inside a longer text may be chance

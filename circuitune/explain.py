@@ -51,20 +51,13 @@ from torch import Tensor
 
 from circuitune import attention, neurons, readout
 from circuitune.attention import Label, vote
-from circuitune.components import (
-    Circuit,
-    Component,
-    Head,
-    Mlp,
-    check_components,
-    parse_component,
-)
+from circuitune.components import Circuit, Component, Head, Mlp, check_components, parse_component
 from circuitune.config import ExplainConfig
 from circuitune.effects import EffectTable
 from circuitune.errors import UserError
 from circuitune.graph import BRINGS
 from circuitune.models import Model
-from circuitune.pairs import PairSet, Writing, encode_text
+from circuitune.pairs import PairSet
 from circuitune.patching import EndStates, end_states, finish, first_choice
 from circuitune.prompts import prefill
 from circuitune.readout import Frozen, Stream
@@ -72,6 +65,7 @@ from circuitune.runs import damaged, read_circuit, write_json
 from circuitune.stats import resample_counts
 from circuitune.subjects import OPERANDS, SPREAD, Means, Subject, kinds_of, look_at
 from circuitune.tasks import sweep
+from circuitune.writing import Writing, encode_text
 
 COLUMNS = {
     "attention": ("component", "set", "role", *SPREAD, "uniform", "brings"),

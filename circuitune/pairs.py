@@ -1,30 +1,23 @@
 """Clean/corrupt prompt pairs for a tokenizer: verified, answered correctly, split by operands.
 
-1. Answer policy: the answer must be *one* token that follows the prompt unchanged. Two ways of
-   writing are tried, ``"3 + 5 = "`` + ``"8"`` and ``"3 + 5 ="`` + ``" 8"``; a tokenizer that
-   allows neither is refused.
+1. Answer policy: the answer must be *one* token that follows the prompt unchanged (`writing`).
 2. Prefix: a few neutral first lines are measured on the select half and the best is kept, since
    without a BOS token the first token becomes the attention sink and arithmetic collapses.
 3. Only prompts whose answer is the model's first choice among all tokens are kept (Zhang et al.
    2024, section 3); the selection rate is reported with its interval.
 4. Operand pairs are split in two before anything is measured: components are chosen on the
    ``select`` half, every claim is made on the ``test`` half.
-
-Special tokens are the tokenizer's own choice (a BOS token where it adds one, never an EOS).
 """
 
 import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
-from jaxtyping import Int
-from torch import Tensor
+from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerBase
 
 from circuitune.config import PairsConfig
@@ -35,7 +28,8 @@ from circuitune.patching import end_states, first_choice, sweep_seconds
 from circuitune.problems import Operator, Problem, enumerate_problems, split_groups, templates
 from circuitune.prompts import prefill
 from circuitune.runs import damaged
-from circuitune.stats import proportion
+from circuitune.stats import clustered_proportion
+from circuitune.writing import Writing, answer_token, encode_text, find_writing
 
 Split = Literal["select", "test"]
 PREFIXES = ("", "\n", "Math:\n", "Calculate:\n", "Here is a problem: ", "Answer the question.\n")
@@ -80,44 +74,6 @@ class Encoded:
     groups: list[str]
 
 
-@dataclass(frozen=True)
-class Writing:
-    """How a prompt and its answer are written for one tokenizer: prefix, and where the space is."""
-
-    prefix: str
-    spaced_answer: bool
-
-    def write(self, prompt: str, answer: str) -> tuple[str, str]:
-        """The prompt with its prefix, and the answer, with the space on the right side."""
-        if self.spaced_answer:
-            return self.prefix + prompt.rstrip(" "), " " + answer
-        return self.prefix + prompt, answer
-
-    @property
-    def policy(self) -> str:
-        """One sentence for records and reports."""
-        where = "with the space in front of it" if self.spaced_answer else "after a space"
-        return f"The answer is one digit, one token, {where}; all ten digits are admissible."
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a prompt, with the tokenizer's BOS where it adds one, without EOS."""
-    ids = tokenizer(text).input_ids
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def shipped_paragraphs() -> list[str]:
-    """The 200 paragraphs of plain English that ship with circuitune."""
-    text = resources.files("circuitune").joinpath("data/retention.txt").read_text("utf-8")
-    return text.splitlines()
-
-
-def pad(rows: Sequence[Sequence[int]], fill: int) -> Int[Tensor, "batch token"]:
-    """Right-pad lists to a rectangle; under a causal mask the padding reaches nothing."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
-
-
 def encode(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], answers: Iterable[str] = ()
 ) -> Encoded:
@@ -132,7 +88,7 @@ def encode(
         UserError: an answer is not exactly one token after its prompt, or there are fewer than
             two admissible answers.
     """
-    tokens = [_answer_token(tokenizer, pair.clean, pair.answer) for pair in pairs]
+    tokens = [answer_token(tokenizer, pair.clean, pair.answer) for pair in pairs]
     for pair, token in zip(pairs, tokens, strict=True):
         if token is None:
             raise UserError(
@@ -141,7 +97,7 @@ def encode(
                 "locate anew if the tokenizer has changed."
             )
     context = pairs[0].clean if pairs else ""
-    extra = [_answer_token(tokenizer, context, answer) for answer in answers]
+    extra = [answer_token(tokenizer, context, answer) for answer in answers]
     candidates = tuple(sorted({token for token in [*tokens, *extra] if token is not None}))
     if len(candidates) < 2:
         raise UserError(
@@ -154,30 +110,6 @@ def encode(
         candidates=candidates,
         answers=np.array([candidates.index(token) for token in tokens]),
         groups=[pair.group for pair in pairs],
-    )
-
-
-def _answer_token(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> int | None:
-    ids = encode_text(tokenizer, prompt)
-    both = encode_text(tokenizer, prompt + answer)
-    return both[-1] if len(both) == len(ids) + 1 and both[:-1] == ids else None
-
-
-def find_writing(tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> Writing:
-    """Decide where the space before the answer goes, so that each digit is one token.
-
-    Raises:
-        UserError: neither way of writing gives one-token answers.
-    """
-    for spaced in (False, True):
-        writing = Writing(prefix, spaced)
-        written = [writing.write("3 + 5 = ", str(digit)) for digit in range(10)]
-        tokens = {_answer_token(tokenizer, *item) for item in written}
-        if None not in tokens and len(tokens) == 10:
-            return writing
-    raise UserError(
-        "The tokenizer must write each digit as one token after a prompt, it does so neither "
-        "after nor with a space; pass your own one-token pairs with --pairs FILE.jsonl."
     )
 
 
@@ -312,12 +244,8 @@ def _choose_prefix(
                 raise
             continue  # this prefix merges with the digits; find_writing has passed without it
         sample = _prompts(problems, writing, "select", random.Random(config.seed))[:PROBE_PROMPTS]
-        hits = _hits(model, sample)
-        rate = proportion(int(hits.sum()), len(hits))
-        trials.append(
-            {"prefix": prefix, "accuracy": rate.estimate, "low": rate.low, "high": rate.high}
-            | {"n": len(hits)}
-        )
+        rate = answer_rate(_hits(model, sample), sample)
+        trials.append({"prefix": prefix, "accuracy": rate.pop("rate")} | rate | {"n": len(sample)})
     best = max(trials, key=lambda trial: trial["accuracy"])
     return writings[best["prefix"]], trials
 
@@ -326,6 +254,20 @@ def _hits(model: Model, pairs: Sequence[Pair]) -> np.ndarray:
     encoded = encode(model.tokenizer, pairs)
     tokens = [encoded.candidates[answer] for answer in encoded.answers]
     return answers_correctly(model, encoded.clean, tokens)
+
+
+def answer_rate(hits: Bool[np.ndarray, " example"], pairs: Sequence[Pair]) -> dict[str, float]:
+    """How often a model answers (``rate``, with its 95 % interval from ``low`` to ``high``).
+
+    Prompts of one group, such as the templates of one problem, count as related.
+    """
+    groups = [pair.group for pair in pairs]
+    rate = clustered_proportion(hits, rng=np.random.default_rng(0), groups=groups)
+    return {"rate": rate.estimate, "low": rate.low, "high": rate.high}
+
+
+def _answered(hits: Bool[np.ndarray, " example"], pairs: Sequence[Pair]) -> dict[str, Any]:
+    return {"tried": len(pairs), "correct": int(hits.sum())} | answer_rate(hits, pairs)
 
 
 def _select(
@@ -337,7 +279,8 @@ def _select(
 ) -> tuple[list[Pair], dict[str, Any]]:
     """Keep up to ``config.per_split`` correctly answered prompts of each half."""
     kept: list[Pair] = []
-    tried = correct = 0
+    tried: list[Pair] = []
+    right: list[np.ndarray] = []
     counts = {}
     for split, problems in halves.items():
         rng = random.Random(f"{config.seed}/{operator.id}/{split}")
@@ -352,10 +295,8 @@ def _select(
             )
         kept += good
         counts[split] = len(good)
-        tried, correct = tried + len(pool), correct + int(hits.sum())
-    rate = proportion(correct, tried)
-    facts = {"tried": tried, "correct": correct, "rate": rate.estimate}
-    return kept, facts | {"low": rate.low, "high": rate.high} | counts
+        tried, right = tried + pool, [*right, hits]
+    return kept, _answered(np.concatenate(right), tried) | counts
 
 
 def own_pairs(model: Model, config: PairsConfig) -> PairSet:
@@ -368,10 +309,8 @@ def own_pairs(model: Model, config: PairsConfig) -> PairSet:
     hits = _hits(model, pairs)
     tasks = {}
     for task in dict.fromkeys(pair.task for pair in pairs):
-        mine = [hit for pair, hit in zip(pairs, hits, strict=True) if pair.task == task]
-        rate = proportion(int(sum(mine)), len(mine))
-        tasks[task] = {"tried": len(mine), "correct": int(sum(mine)), "rate": rate.estimate}
-        tasks[task] |= {"low": rate.low, "high": rate.high}
+        mine = np.array([pair.task == task for pair in pairs])
+        tasks[task] = _answered(hits[mine], [pair for pair in pairs if pair.task == task])
     if config.correct_only:
         pairs = [pair for pair, hit in zip(pairs, hits, strict=True) if hit]
     for task in tasks:

@@ -25,11 +25,11 @@ from circuitune.errors import UserError
 from circuitune.examples import IGNORED, Example
 from circuitune.methods import precise
 from circuitune.models import Model
-from circuitune.pairs import pad
 from circuitune.patching import unembed
 from circuitune.plan import Workload, flops
 from circuitune.runs import read_circuit
 from circuitune.slices import attached, head_slices
+from circuitune.writing import pad
 
 Rule = Literal["direct", "circuit", "upstream", "gradient", "cost"]
 RULES: tuple[Rule, ...] = get_args(Rule)

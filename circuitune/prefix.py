@@ -34,10 +34,10 @@ from circuitune.errors import UserError
 from circuitune.examples import Example
 from circuitune.memory import most_tokens, shown
 from circuitune.models import Model
-from circuitune.pairs import encode_text, pad, shipped_paragraphs
 from circuitune.prompts import continued, pad_left, similar_lengths
 from circuitune.runs import digest, versions, write_json
 from circuitune.sites import resume, states_entering
+from circuitune.writing import encode_text, pad, shipped_paragraphs
 
 STATES, INDEX = "states.bin", "index.json"
 # Bounds on the examples that run together.

@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from circuitune.deltas import Delta, merged
 from circuitune.errors import UserError
 from circuitune.models import Model
-from circuitune.pairs import encode_text, pad, shipped_paragraphs
 from circuitune.patching import unembed
 from circuitune.prompts import similar_lengths
 from circuitune.sites import resume, states_entering, substitute
+from circuitune.writing import encode_text, pad, shipped_paragraphs
 
 TEXTS_PER_BATCH = 8
 TEXT_TOKENS = 64  # most tokens of a paragraph

@@ -25,8 +25,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from circuitune.errors import UserError
-from circuitune.pairs import Pair, Split, encode_text
+from circuitune.pairs import Pair, Split
 from circuitune.problems import Operator, Problem, Template, templates
+from circuitune.writing import encode_text
 
 ARITHMETIC_ROLES = ("operand 1", "operator", "operand 2", "end", "other")
 OWN_ROLES = ("before", "changed", "after", "end")

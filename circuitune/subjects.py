@@ -14,10 +14,11 @@ from jaxtyping import Float, Int
 
 from circuitune.errors import UserError
 from circuitune.models import Model
-from circuitune.pairs import Pair, PairSet, Split, encode_text
+from circuitune.pairs import Pair, PairSet, Split
 from circuitune.roles import ARITHMETIC_ROLES, Contrasts, find_contrasts
 from circuitune.stats import bootstrap_means
 from circuitune.tasks import Task, prepare
+from circuitune.writing import encode_text
 
 OPERANDS = ("operand 1", "operand 2")
 SPREAD = ("mean", "low", "high", "n")

@@ -29,10 +29,10 @@ from torch.utils.checkpoint import checkpoint
 from circuitune import ranks
 from circuitune.examples import IGNORED, Example
 from circuitune.models import Model
-from circuitune.pairs import pad
 from circuitune.patching import unembed
 from circuitune.prefix import PlainText, PrefixCache, cached_or_built, plain_text
 from circuitune.sites import resume, states_entering, substitute
+from circuitune.writing import pad
 
 TEXT_ROWS = 3  # rows of plain text per step
 LOGIT_ROWS = 2048  # rows of logits over the whole vocabulary whose gradients are kept at once

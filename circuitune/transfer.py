@@ -42,7 +42,6 @@ from circuitune.pairs import Pair, PairSet, Split
 from circuitune.readers import questions
 from circuitune.runs import STAGES, Progress, progress, read_circuit, write_json
 from circuitune.sources import SOURCES, make_sources
-from circuitune.stats import proportion
 from circuitune.tasks import prepare
 from circuitune.validate import Job, Knockout, control_circuit, matched_heads, row_of
 
@@ -238,15 +237,14 @@ def near_chance(facts: Mapping[str, Any]) -> bool:
     """Whether a model is not shown to beat always saying the commonest answer.
 
     Args:
-        facts: of the prompts with a ``one_token`` answer, how many are ``correct`` and how many
-            have the ``commonest`` answer.
+        facts: how many prompts have a ``one_token`` answer and how many of these the
+            ``commonest`` one; the ``low`` end of the interval of the rate of right ones.
 
     Returns:
-        whether the lower bound of the rate of right answers (95 %, Wilson) is at most the share
-        of the commonest answer.
+        whether the lower bound of the rate of right answers is at most the share of the
+        commonest answer.
     """
-    rate = proportion(facts["correct"], facts["one_token"])
-    return rate.low <= facts["commonest"] / facts["one_token"]
+    return facts["low"] <= facts["commonest"] / facts["one_token"]
 
 
 # ------------------------------------------------------------------------------------ the matrix

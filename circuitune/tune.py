@@ -38,7 +38,7 @@ from circuitune.examples import (
 from circuitune.exercises import exercises
 from circuitune.methods import Method
 from circuitune.models import Model
-from circuitune.pairs import PairSet, Writing
+from circuitune.pairs import PairSet
 from circuitune.picking import pick_heads, pick_mlps
 from circuitune.plan import Workload, plan
 from circuitune.prefix import TEXT_TOKENS, own_text, text_rows, training_text
@@ -49,6 +49,7 @@ from circuitune.slices import Form, collateral, head_gains
 from circuitune.supervised import TEXT_ROWS, LoopConfig, training_set
 from circuitune.texts import read_training_data
 from circuitune.training import Monitor, Outcome, train
+from circuitune.writing import Writing
 
 # Peak learning rates of AdamW where none is given: from docs/findings-tuning.md, the best on the
 # seed that decides about options that does not move plain English much; that of layers is a guess.

@@ -9,8 +9,8 @@ from transformers import GenerationConfig
 from circuitune import answering
 from circuitune.answering import generate, read_answer
 from circuitune.models import Model
-from circuitune.pairs import Writing
 from circuitune.problems import Operator, Problem
+from circuitune.writing import Writing
 
 
 @pytest.mark.parametrize(

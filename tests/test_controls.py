@@ -18,7 +18,7 @@ from circuitune.controls import (
     make_controls,
 )
 from circuitune.models import Model
-from circuitune.pairs import Pair, Writing
+from circuitune.writing import Writing
 
 SELECTION = {"prefix": "Math:\n", "spaced_answer": False}
 
@@ -69,6 +69,8 @@ def test_halves_are_full_and_share_no_group(tiny: Callable[..., Model]) -> None:
     assert all(pair.clean.startswith("Math:\n") for pair in numbers.pairs)
     assert all(pair.task == "copy_number" for pair in numbers.pairs)
     commonest = numbers.facts.pop("commonest")
+    rates = [numbers.facts.pop(name) for name in ("low", "rate", "high")]
+    assert rates[0] < rates[1] == rates[2] == 1
     assert 4 * PER_SPLIT / 10 <= commonest < PER_SPLIT
     assert numbers.facts == {
         **{"tried": 4 * PER_SPLIT, "one_token": 4 * PER_SPLIT, "correct": 4 * PER_SPLIT},
@@ -104,9 +106,8 @@ def test_tasks_of_the_run_keep_their_names(tiny: Callable[..., Model]) -> None:
 
 def test_an_answer_is_one_token_after_its_prompt(tiny: Callable[..., Model]) -> None:
     tokenizer = tiny().tokenizer
-    pair = Pair("1 2 ", "1 # ", "2", "copy", "", "test", "")
-    assert answer_token(tokenizer, pair) == tokenizer("2").input_ids[-1]
-    assert answer_token(tokenizer, Pair(**vars(pair) | {"answer": "22"})) is None
+    assert answer_token(tokenizer, "1 2 ", "2") == tokenizer("2").input_ids[-1]
+    assert answer_token(tokenizer, "1 2 ", "22") is None
 
 
 def test_the_real_model_answers_all_three(smollm2: Model) -> None:
@@ -168,6 +169,10 @@ def test_more_questions_are_tried_only_until_there_are_enough(
     }
     writing = Writing("", spaced_answer=False)
     kept = keep(tiny(), "t", halves, writing, per_split=8, batch=16, batches=3)
+    assert kept.facts.pop("rate") == 0.25
+    # Two groups that do not differ: as much is known as from two questions.
+    assert kept.facts.pop("low") < 0.05
+    assert kept.facts.pop("high") > 0.65
     assert kept.facts == {"tried": 64, "one_token": 64, "correct": 16} | {
         **{"commonest": 8, "select": 8, "test": 8}
     }

@@ -26,9 +26,9 @@ from circuitune.examples import (
     text_examples,
     to_examples,
 )
-from circuitune.pairs import Writing, encode_text
 from circuitune.problems import Operator, Problem
 from circuitune.texts import Chat, Completion, Turn, read_training_data
+from circuitune.writing import Writing, encode_text
 from tests.conftest import byte_tokenizer
 
 CHATML = (

@@ -33,6 +33,7 @@ ROWS = [
         "runs",
     ),
     *("ranks", "families", "checkpoints", "weights", "models", "memory", "sites", "prompts"),
+    "writing",
     *("patching", "ports", "paths", "attribution", "selftest", "pairs", "roles", "chains"),
     *("graph", "slices", "deltas", "tensorfiles", "bases", "merging", "exporting", "verifying"),
     *("texts", "examples", "exercises", "answering", "extracting", "retention", "controls"),

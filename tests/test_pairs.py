@@ -21,17 +21,15 @@ from circuitune.pairs import (
     PREFIXES,
     Pair,
     PairSet,
-    Writing,
+    answer_rate,
     answers_correctly,
     encode,
-    encode_text,
-    find_writing,
     make_pairs,
     own_pairs,
-    pad,
     read_pairs,
-    shipped_paragraphs,
 )
+from circuitune.stats import proportion
+from circuitune.writing import Writing, encode_text, find_writing, pad, shipped_paragraphs
 from tests.conftest import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -347,3 +345,15 @@ def test_shipped_text() -> None:
 
 def test_padding_is_on_the_right() -> None:
     assert pad([[1, 2, 3], [4]], 0).tolist() == [[1, 2, 3], [4, 0, 0]]
+
+
+def test_the_rate_of_answers_knows_that_prompts_share_their_operands() -> None:
+    alike = np.repeat([False, True] * 20, 4)
+    related = [pair(f"{place // 4} = ", "8") for place in range(160)]
+    alone = [pair(f"{place} = ", "8") for place in range(160)]
+    wilson = proportion(80, 160)
+    found = answer_rate(alike, related)
+    assert found["rate"] == 0.5
+    assert found["high"] - found["low"] > 1.8 * (wilson.high - wilson.low)
+    apart = answer_rate(alike, alone)
+    assert apart["high"] - apart["low"] == pytest.approx(wilson.high - wilson.low, rel=0.1)

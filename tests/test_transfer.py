@@ -31,6 +31,7 @@ from circuitune.models import Model
 from circuitune.pairs import Pair, encode
 from circuitune.readers import MultipleChoice
 from circuitune.runs import progress
+from circuitune.stats import proportion
 from circuitune.transfer import (
     Place,
     _by_task,
@@ -211,7 +212,8 @@ def test_chance_is_what_drawing_every_set_gives() -> None:
 def test_near_chance_means_not_shown_to_beat_the_commonest_answer(
     correct: int, asked: int, commonest: int, expected: bool
 ) -> None:
-    facts = {"correct": correct, "one_token": asked, "commonest": commonest}
+    low = proportion(correct, asked).low
+    facts = {"correct": correct, "one_token": asked, "commonest": commonest, "low": low}
     assert near_chance(facts) == expected
 
 

@@ -16,7 +16,7 @@ from circuitune.deltas import load_delta, merged, tuned_variants
 from circuitune.errors import UserError
 from circuitune.exercises import TEST_RESERVE, held_out_problems
 from circuitune.models import Model, load
-from circuitune.pairs import PairSet, Writing
+from circuitune.pairs import PairSet
 from circuitune.prefix import TEXT_TOKENS
 from circuitune.problems import Operator, Problem
 from circuitune.tune import (
@@ -28,6 +28,7 @@ from circuitune.tune import (
     outlook,
     training_precision,
 )
+from circuitune.writing import Writing
 
 SMALL = TuneConfig(
     heads=2, steps=3, batch_size=4, learning_rate=1e-2, precision="float32", save_every=1

@@ -172,11 +172,16 @@ class Needed:
 
 @dataclass(frozen=True)
 class ControlTask:
-    """A control task: prompts tried and answered, heads its circuit shares (None: not made)."""
+    """A control task.
+
+    Attributes:
+        rate: Right answers among the prompts with an answer of one token; None if there is none.
+        kept: Whether the model answers enough of them to measure it.
+        shared: Heads that its circuit shares with the circuit; None if it has none.
+    """
 
     task: str
-    tried: int
-    correct: int
+    rate: Estimate | None
     kept: bool
     shared: int | None
 

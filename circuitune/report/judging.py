@@ -9,7 +9,6 @@ from circuitune.report.findings import ControlTask, Judgement
 from circuitune.report.format import MISSING, Cell
 from circuitune.report.measures import Removal
 from circuitune.report.tables import Table, columns, row
-from circuitune.stats import proportion
 
 _ABLATIONS = ("mean", "zero", "resample")
 _PLACES = {"end": "at END", "all": "everywhere"}
@@ -120,7 +119,7 @@ def _controls(removals: Sequence[Removal], facts: Sequence[ControlTask], task: s
         spared = _find(removals, "top", task, name)
         hit = _find(removals, "other_task", name, name)
         crossed = _find(removals, "other_task", name, task)
-        right = _answered(fact) if fact else MISSING
+        right = fmt.accuracy(fact.rate) if fact and fact.rate else MISSING
         shared = MISSING if fact is None or fact.shared is None else str(fact.shared)
         rows.append(row(fmt.task_name(name), right, *map(_left, (spared, hit, crossed)), shared))
     labels = (
@@ -131,9 +130,9 @@ def _controls(removals: Sequence[Removal], facts: Sequence[ControlTask], task: s
         "Heads shared",
     )
     note = (
-        "Nothing is calculated here; answered: intact, of all prompts tried. What is left is of "
-        "all held-out prompts, right or wrong. Circuits of one size by one rule, mean ablation at "
-        "END."
+        "Nothing is calculated here; answered: intact, of all prompts whose answer is one token. "
+        "What is left is of all held-out prompts, right or wrong. Circuits of one size by one "
+        "rule, mean ablation at END."
     )
     dropped = [fmt.task_name(fact.task) for fact in facts if not fact.kept]
     if dropped:
@@ -153,11 +152,6 @@ def _find(removals: Sequence[Removal], kind: str, source: str, task: str) -> Rem
         ),
         None,
     )
-
-
-def _answered(fact: ControlTask) -> Cell:
-    rate = proportion(fact.correct, max(1, fact.tried))
-    return fmt.accuracy(Estimate(rate.estimate, rate.low, rate.high))
 
 
 def _left(removal: Removal | None) -> Cell:

@@ -61,8 +61,7 @@ def _control(item: Item) -> ControlTask:
     shared = item.optional_number("shared")
     return ControlTask(
         task=item.text("task"),
-        tried=item.count("tried"),
-        correct=item.count("correct"),
+        rate=item.fraction("rate") if "rate" in item.values else None,
         kept=bool(item.values.get("kept")),
         shared=None if shared is None else int(shared),
     )

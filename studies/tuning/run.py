@@ -26,11 +26,12 @@ from circuitune.config import TuneConfig, overrides
 from circuitune.deltas import merged, tuned_variants
 from circuitune.exercises import exercises, held_out_problems
 from circuitune.models import Model
-from circuitune.pairs import PairSet, Writing
+from circuitune.pairs import PairSet
 from circuitune.problems import Problem
 from circuitune.retention import BaseText, base_text, drift_now
 from circuitune.suites import Questions, ask_suite
 from circuitune.tune import tune
+from circuitune.writing import Writing
 
 sys.path.append(str(Path(__file__).parents[1]))
 from grids import claimed, keep, linked, located_run, paragraphs, rounded

@@ -18,6 +18,7 @@ from circuitune.models import Model
 from circuitune.patching import unembed
 from circuitune.prompts import similar_lengths
 from circuitune.sites import resume, states_entering, substitute
+from circuitune.weights import widened
 from circuitune.writing import encode_text, pad, shipped_paragraphs
 
 TEXTS_PER_BATCH = 8
@@ -56,7 +57,8 @@ class BaseText:
             mask.
         count: number of texts.
         layer: from which layer on texts are run again.
-        head: the base's unembedding, a copy, where the model's own may change; else None.
+        head: the base's unembedding, a copy in float32 or wider, where the model's own may
+            change; else None.
     """
 
     batches: tuple["TextBatch", ...]
@@ -102,7 +104,10 @@ def base_text(
         with resume(model, layer, entering):
             final = model.trunk(input_ids=tokens, use_cache=False).last_hidden_state
         batches.append(TextBatch(places, tokens, real, entering, final[:, :-1]))
-    head = copy.deepcopy(model.hf.get_output_embeddings()) if copy_head else None
+    head = None
+    if copy_head:
+        with widened(model.hf.get_output_embeddings()):
+            head = copy.deepcopy(model.hf.get_output_embeddings())
     return BaseText(tuple(batches), len(rows), layer, head)
 
 
@@ -127,9 +132,10 @@ def drift_now(
         same = nullcontext() if anew else resume(model, text.layer, batch.entering)
         with same:
             final = model.trunk(input_ids=batch.tokens, use_cache=False).last_hidden_state
-        own = unembed(model, final[:, :-1]).log_softmax(dim=-1)
-        with nullcontext() if text.head is None else substitute(embedding, text.head):
-            base = unembed(model, batch.final).log_softmax(dim=-1)
+        with widened(embedding):  # logits rounded to bfloat16 are a KL of 0.001 apart
+            own = unembed(model, final[:, :-1]).log_softmax(dim=-1)
+            with nullcontext() if text.head is None else substitute(embedding, text.head):
+                base = unembed(model, batch.final).log_softmax(dim=-1)
         loss = -own.gather(-1, batch.tokens[:, 1:, None])[..., 0]
         kl = (base.exp() * (base - own)).sum(dim=-1)
         parts = (torch.ones_like(loss), loss, kl)

@@ -11,10 +11,11 @@ from circuitune import methods
 from circuitune.components import Head
 from circuitune.deltas import Delta, load_delta, save_delta, save_tensors
 from circuitune.errors import UserError
-from circuitune.models import Model
+from circuitune.models import Model, wrap
 from circuitune.prefix import training_text
 from circuitune.retention import base_text, drift, drift_now, retention_text
 from circuitune.slices import attached, head_slices
+from tests.conftest import byte_tokenizer, tiny_hf
 
 
 def make_delta(model: Model, folder: Path, size: float) -> Delta:
@@ -82,6 +83,27 @@ def test_drift_while_slices_are_attached(tiny: Callable[..., Model]) -> None:
         assert (drift_now(model, text)[:, 2] > 1e-6).all()
         same = drift_now(model, base_text(model, retention_text(None)[:2], layer=2))
     assert same[:, 2] == pytest.approx([0, 0], abs=1e-9)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16(
+    copied: bool,
+) -> None:
+    model = wrap(tiny_hf("llama").bfloat16(), byte_tokenizer(), source="tiny llama")
+    paragraphs = retention_text(None)[:2]
+    text = base_text(model, paragraphs, copy_head=copied)
+    head = model.hf.get_output_embeddings().weight
+    before = [batch.final.float() for batch in text.batches]
+    for layer in range(model.layers):
+        model.part(layer, model.family.out).weight.data *= 1.1
+    measured = drift_now(model, text, anew=True)
+    assert head.dtype == model.hf.get_output_embeddings().weight.dtype == torch.bfloat16
+    for batch, base in zip(text.batches, before, strict=True):
+        with torch.no_grad():
+            states = model.trunk(input_ids=batch.tokens).last_hidden_state[:, :-1].float()
+        own, then = ((h @ head.float().T).log_softmax(dim=-1) for h in (states, base))
+        kl = ((then.exp() * (then - own)).sum(dim=-1) * batch.predicts).sum(dim=1)
+        np.testing.assert_allclose(measured[batch.places, 2], kl.detach().numpy(), rtol=1e-4)
 
 
 def test_retention_text_is_not_training_text(tmp_path: Path) -> None:

@@ -46,14 +46,23 @@ def generate(
     return texts
 
 
-def exact_match(
-    model: Model, problems: Sequence[Problem], writing: Writing
-) -> Bool[np.ndarray, " example"]:
-    """Whether the whole generated answer is right, per problem."""
+def answers(model: Model, problems: Sequence[Problem], writing: Writing) -> list[str]:
+    """What the model writes after each problem, as many tokens as the longest answer needs."""
     asked = [writing.write(*completion(problem))[0] for problem in problems]
     longest = max((len(str(problem.answer)) for problem in problems), default=0)
     tokens = [encode_text(model.tokenizer, prompt) for prompt in asked]
     longest += 1 + writing.spaced_answer  # the number may go on, and is wrong then
-    texts = generate(model, tokens, new_tokens=max(NEW_TOKENS, longest))
+    return generate(model, tokens, new_tokens=max(NEW_TOKENS, longest))
+
+
+def are_right(problems: Sequence[Problem], texts: Sequence[str]) -> Bool[np.ndarray, " example"]:
+    """Whether a text begins with the answer, the whole of it, per problem."""
     pairs = zip(problems, texts, strict=True)
     return np.array([read_answer(text) == problem.answer for problem, text in pairs])
+
+
+def exact_match(
+    model: Model, problems: Sequence[Problem], writing: Writing
+) -> Bool[np.ndarray, " example"]:
+    """Whether the whole generated answer is right, per problem."""
+    return are_right(problems, answers(model, problems, writing))

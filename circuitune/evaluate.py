@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from circuitune.answering import exact_match
+from circuitune.answering import answers, are_right
 from circuitune.config import EvaluateConfig, PairsConfig, TuneConfig
 from circuitune.deltas import Delta, merged, tuned_variants
 from circuitune.errors import UserError
@@ -210,10 +210,11 @@ def _arithmetic(
     hits, frames = {}, []
     for name in ("base", *deltas):
         with variant(model, deltas.get(name)):
-            hits[name] = exact_match(model, problems, writing)
+            written = answers(model, problems, writing)
+        hits[name] = are_right(problems, written)
         facts = {"variant": name, "metric": "exact_match", "value": hits[name].astype(float)}
         texts = {"task": [p.operator.id for p in problems], "id": [str(p) for p in problems]}
-        frames.append(pd.DataFrame(texts | facts | {"weight": 1.0, "output": ""}))
+        frames.append(pd.DataFrame(texts | facts | {"weight": 1.0, "output": written}))
     records = accuracy_records(hits, problems, seed=config.seed)
     return Measured(records, pd.concat(frames)[COLUMNS])
 

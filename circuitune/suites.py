@@ -49,7 +49,7 @@ class Questions:
         tasks: names of tasks, see `circuitune.taskfiles`.
         data_dir: folder with the data sets; None reads them from the Hugging Face hub.
         limit: most documents of a task, drawn at random with the seed; 0 for all. An article of
-            running text counts as ten.
+            running text counts as ten, and two are asked at least.
         shots: solved examples in front of each question; None for the task's own number.
         chat: whether questions go through the tokenizer's chat template.
         seed: of the draw of documents.
@@ -194,7 +194,9 @@ def _asked(
 def drawn(file: TaskFile, questions: Questions) -> dict[str, list[int]]:
     """Documents that are asked, by lm-eval's task name: all, or a random draw over the task."""
     every = [(name, i) for name in file.lm_names for i in range(file.documents[name])]
-    most = math.ceil(questions.limit / (ARTICLE if file.metrics[0] == PERPLEXITY else 1))
+    most = questions.limit
+    if most and file.metrics[0] == PERPLEXITY:
+        most = max(2, math.ceil(most / ARTICLE))  # one article alone says nothing of the others
     if 0 < most < len(every):
         rng = np.random.default_rng([questions.seed, zlib.crc32(file.name.encode())])
         chosen = sorted(rng.choice(len(every), size=most, replace=False))
@@ -336,5 +338,8 @@ def _shown(metric: str, value: Interval, *, difference: bool) -> Interval:
 
 
 def _record(task: str, name: str, metric: str, value: Interval, n: int) -> dict[str, Any]:
-    facts = {"value": value.estimate, "low": value.low, "high": value.high, "n": n}
+    ends: tuple[float | None, float | None] = value.low, value.high
+    if not np.isfinite([value.low, value.high]).all():  # JSON has no infinity
+        ends = None, None
+    facts = {"value": value.estimate, "low": ends[0], "high": ends[1], "n": n}
     return {"task": task, "variant": name, "metric": metric} | facts

@@ -108,6 +108,9 @@ def test_five_heads_learn_and_keep(demo: tuple[Path, str]) -> None:
     assert change["precise"]["value"] <= 0.005
     assert {"base", "precise", "random", "precise - random"} <= set(exact)
     assert records(run, "exact_match_gain")["precise"]["low"] > 0
+    samples = pd.read_parquet(run / "samples.parquet").query("metric == 'exact_match'")
+    right = samples[samples["value"] == 1]
+    assert right["output"].str.contains(r"\d").all()
     components = json.loads((run / "tuned" / "components.json").read_text())
     assert len(components["components"]) == 5
     keys = load_file(run / "tuned" / "delta.safetensors")

@@ -20,6 +20,7 @@ from circuitune.report.format import MISSING
 from circuitune.report.load import load as load_run
 from circuitune.suites import (
     COLUMNS,
+    PERPLEXITY,
     Answered,
     Questions,
     ask_suite,
@@ -228,6 +229,27 @@ def test_the_draw_is_the_same_for_all_variants_and_spread_over_parts() -> None:
     assert len(found) > 6
     assert found != drawn(file, replace(questions, seed=1))
     assert drawn(file, replace(questions, limit=0)) == {name: list(range(30)) for name in parts}
+
+
+@pytest.mark.parametrize(("limit", "articles"), [(1, 2), (10, 2), (30, 3), (31, 4), (0, 9)])
+def test_a_limit_leaves_at_least_two_articles(limit: int, articles: int) -> None:
+    file = TaskFile("wikitext", "retention", ("wikitext",), (PERPLEXITY,), {"wikitext": 9}, 0.0)
+    assert len(drawn(file, Questions(("wikitext",), None, limit=limit))["wikitext"]) == articles
+
+
+def test_one_article_has_no_interval_and_eval_json_stays_json() -> None:
+    samples = pd.DataFrame(
+        [
+            ("wikitext", name, PERPLEXITY, "a", 2.0 + more, 100.0, "")
+            for name, more in (("base", 0.0), ("tuned", 0.5))
+        ],
+        columns=COLUMNS,
+    )
+    answered = Answered(samples, {"wikitext": "retention"}, {"wikitext": PERPLEXITY}, {})
+    records = suite_records(answered, seed=0)
+    assert len(records) == 3
+    assert all(record["low"] is record["high"] is None for record in records)
+    json.dumps(records, allow_nan=False)
 
 
 def frame_of(values: dict[str, dict[str, np.ndarray]], metric: str = "exact_match") -> pd.DataFrame:

@@ -171,11 +171,12 @@ def test_the_papers_table_shows_what_was_planted(planted: ModuleType) -> None:
     assert "\\*" not in base_kept + random_kept
     assert base_kept.count("(not worse)") == len(planted.KEPT)
     assert "not worse" not in base + random + random_kept
+    assert random_kept.endswith("| +0.0002 [0.0002, 0.0002] |")  # 0.04 less 0.03, of 50 tokens
     page = planted.page("What held.")
     assert page.count("| base |  |") == page.count("| guessing |  | 25.0 |") + 1 == 2
     assert page.count("| precise, 32 heads | 3 |") == 2  # what it gains, what it keeps
     assert "0.0008 [" in page  # 0.04 of 50 tokens
-    assert page.count("| 7 | 60 |") == 4  # parameters and seconds, also of numbers of heads
+    assert page.count("| 7 | 60 |") == 5  # parameters and seconds, also of numbers of heads
     for paper in ("25.4", "45.1"):  # GSM8K and MMLU of 8 heads
         assert (
             sum(

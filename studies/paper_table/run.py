@@ -2,6 +2,7 @@ r"""Tuning on word problems: the main table of Zhang et al., with the controls t
 
     python studies/paper_table/run.py --data-dir DATA
     python studies/paper_table/run.py --data-dir DATA --rows heads,mlps --seeds 1
+    python studies/paper_table/run.py --data-dir DATA --rows eight
     python studies/paper_table/run.py --data-dir DATA --seeds 1 --model FILE.gguf --name gemma3
 
 Every method learns the same 800 texts, drawn for a seed from the training parts of AddSub,
@@ -65,6 +66,10 @@ HEADS = 32  # as in the paper's main rows
 GRID: dict[str, dict[str, Options]] = {
     "main": {method: {"methods": (method,), "heads": HEADS} for method in MAIN},
     "few": {"circuit 5": {"methods": ("precise",), "heads": 5, "pick": "circuit"}},
+    "eight": {
+        "8 heads": {"methods": ("precise",), "heads": 8},
+        "random 8": {"methods": ("random",), "heads": 8},
+    },
     "heads": {f"{n} heads": {"methods": ("precise",), "heads": n} for n in (8, 16, 48, 64)},
     "mlps": {
         f"{HEADS} heads and {n} MLPs": {"methods": ("precise",), "heads": HEADS, "mlps": n}

@@ -315,3 +315,13 @@ def test_every_option_has_a_help_text(stage: str) -> None:
 def test_one_version() -> None:
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
     assert circuitune.__version__ == project["version"]
+
+
+def test_every_file_that_is_read_is_installed() -> None:
+    """A wheel holds what ``package-data`` names, a checkout all of it."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
+    named = project["tool"]["setuptools"]["package-data"]["circuitune"]
+    installed = {path for pattern in named for path in ROOT.glob(pattern)}
+    here = {path for path in ROOT.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert here - set(TREES) == installed
+    assert len(installed) == 5

@@ -2,7 +2,7 @@
 
 ==========  ======================================================================================
 precise     slices of chosen heads and whole chosen MLPs, nothing else
-random      the same number of heads of the same layers, drawn at random: the control
+random      as many other heads of the same layers, drawn at random: the control
 layers      the whole projections of queries, keys, values and outputs of these layers
 lora        LoRA (Hu et al. 2021) on every linear projection of every decoder layer
 lora_heads  LoRA on the queries and outputs of the chosen heads alone
@@ -100,22 +100,23 @@ def random(
 ) -> Method:
     """As `precise`, on random components that cost the same: none of the given ones.
 
-    Heads are matched by layer; where a layer has too few others, all of them are taken. A layer
-    has one MLP, so others of layers not below the lowest given component are drawn.
+    Heads are matched by layer; where a layer has too few others, the rest come from the nearest
+    layers. A layer has one MLP, so others of layers not below the lowest given component are drawn.
 
     Raises:
-        UserError: as `precise`, or there are no other components.
+        UserError: as `precise`, or there are too few other components.
     """
     lowest = _lowest(model, [*heads, *mlps])
-    drawn = matched_heads(heads, model.heads, rng)
+    drawn = matched_heads(heads, model.layers, model.heads, rng)
     free = [Mlp(layer) for layer in range(lowest, model.layers) if Mlp(layer) not in mlps]
-    picked = rng.choice(len(free), size=min(len(mlps), len(free)), replace=False) if mlps else ()
-    others = tuple(free[place] for place in sorted(picked))
-    if not drawn and not others:
+    if len(drawn) < len(heads) or len(free) < len(mlps):
         raise UserError(
-            "A random control needs other components in the layers of the chosen ones, the model "
-            "has none; choose fewer heads, or leave the control out."
+            f"A random control needs {len(heads)} other heads and {len(mlps)} other MLPs from "
+            f"layer {lowest} on, the model has {len(drawn)} and {len(free)}; choose fewer "
+            "components, or leave the control out (--methods precise)."
         )
+    picked = rng.choice(len(free), size=len(mlps), replace=False) if mlps else ()
+    others = tuple(free[place] for place in sorted(picked))
     parts = (*head_slices(model, drawn, form), *mlp_slices(model, others))
     return Method("random", drawn, others, parts, None, _lowest(model, [*drawn, *others]), True)
 

@@ -264,7 +264,7 @@ def _sets(
         found.append(Knockout("source", len(some[:k]), 0, tuple(some[:k]), name))
     own = heads[circuit.task][:k]
     for draw in range(config.controls):
-        drawn = matched_heads(own, model.heads, rng)
+        drawn = matched_heads(own, model.layers, model.heads, rng)
         found.append(Knockout("matched", len(drawn), draw, drawn))
     return found
 

@@ -43,6 +43,7 @@ from circuitune.picking import pick_heads, pick_mlps
 from circuitune.plan import Workload, plan
 from circuitune.prefix import TEXT_TOKENS, own_text, text_rows, training_text
 from circuitune.problems import Problem, completion
+from circuitune.rates import own_rate
 from circuitune.retention import base_text, drift_now
 from circuitune.runs import STAGES, lasting, write_json
 from circuitune.slices import Form, collateral, head_gains
@@ -51,16 +52,6 @@ from circuitune.texts import read_training_data
 from circuitune.training import Monitor, Outcome, train
 from circuitune.writing import Writing
 
-# Peak learning rates of AdamW where none is given: from docs/findings-tuning.md, the best on the
-# seed that decides about options that does not move plain English much; that of layers is a guess.
-LEARNING_RATES = {
-    "precise": 3e-3,
-    "random": 3e-3,
-    "layers": 1e-3,
-    "lora": 1e-3,
-    "lora_heads": 1e-2,
-    "full": 5e-5,
-}
 # Paragraphs that watch the forget budget while training; the anchor does not see them.
 WATCHED_TEXTS = 20
 
@@ -337,6 +328,7 @@ def outlook(model: Model, config: TuneConfig, run: Path) -> list[Any]:
         cached = config.cache and method.prefix and method.lowest > 0
         parts = ", ".join(map(str, (*method.heads, *method.mlps)))
         lines += ["", *plan(model, method, work, cached=cached, dtype=dtype).lines()]
+        lines += [f"learning rate: {loop_config(model, config, name).learning_rate:g} at its peak"]
         lines += [f"components: {parts}"] if parts else []
     return lines
 
@@ -362,7 +354,7 @@ def save_variant(
         config: options.
         folder: where checkpoints, log and delta are written.
     """
-    loop = loop_config(config, method.name)
+    loop = loop_config(model, config, method.name)
     outcome, tensors = train_method(trained, method, lessons, loop, config, folder)
     if not all(torch.isfinite(value).all() for value in tensors.values()):
         raise UserError(
@@ -376,12 +368,12 @@ def save_variant(
     ranks.first(lambda: save_tensors(folder, model, tensors, facts))
 
 
-def loop_config(config: TuneConfig, method: str) -> LoopConfig:
+def loop_config(model: Model, config: TuneConfig, method: str) -> LoopConfig:
     """Options of the loop for a method; its own learning rate where none is given."""
     return LoopConfig(
         steps=config.steps,
         batch_size=config.batch_size,
-        learning_rate=config.learning_rate or LEARNING_RATES[method],
+        learning_rate=config.learning_rate or own_rate(model, method),
         in_place=config.mlp_rate if method in ("precise", "random") else 1.0,
         accumulate=config.accumulate,
         weight_decay=config.weight_decay,

@@ -111,18 +111,27 @@ class Rankings:
 
 
 def matched_heads(
-    heads: Sequence[Head], per_layer: int, rng: np.random.Generator
+    heads: Sequence[Head], layers: int, per_layer: int, rng: np.random.Generator
 ) -> tuple[Head, ...]:
     """Random heads, as many in each layer as ``heads`` has, and none of them.
 
-    Where a layer has too few other heads, all of them are taken.
+    Where a layer has too few other heads, the rest come from the nearest layers that have some;
+    only a set of more than half of all heads gets fewer than it has.
     """
+    free = _others(heads, layers, per_layer)
     drawn: list[Head] = []
+    missing: list[int] = []
     for layer, count in sorted(Counter(head.layer for head in heads).items()):
-        free = [i for i in range(per_layer) if Head(layer, i) not in heads]
-        picked = rng.choice(free, size=min(count, len(free)), replace=False)
+        own = [head.index for head in free if head.layer == layer]
+        picked = rng.choice(own, size=min(count, len(own)), replace=False)
         drawn += [Head(layer, int(index)) for index in sorted(picked)]
-    return tuple(drawn)
+        missing += [layer] * (count - len(picked))
+    for layer in missing:
+        left = [head for head in free if head not in drawn]
+        nearest = min((abs(head.layer - layer) for head in left), default=0)
+        near = [head for head in left if abs(head.layer - layer) == nearest]
+        drawn += [near[rng.integers(len(near))]] if near else []
+    return tuple(sorted(drawn))
 
 
 def random_heads(
@@ -133,8 +142,7 @@ def random_heads(
     Raises:
         UserError: the model has too few other heads.
     """
-    free = [Head(layer, i) for layer in range(layers) for i in range(per_layer)]
-    free = [head for head in free if head not in heads]
+    free = _others(heads, layers, per_layer)
     if len(free) < len(heads):
         raise UserError(
             f"A random control needs {len(heads)} heads outside the set, the model has "
@@ -142,6 +150,12 @@ def random_heads(
         )
     picked = rng.choice(len(free), size=len(heads), replace=False)
     return tuple(free[index] for index in sorted(picked))
+
+
+def _others(heads: Sequence[Head], layers: int, per_layer: int) -> list[Head]:
+    """All heads but the given ones."""
+    every = [Head(layer, index) for layer in range(layers) for index in range(per_layer)]
+    return [head for head in every if head not in heads]
 
 
 def plan(
@@ -166,7 +180,7 @@ def plan(
         yield Knockout("top", k, 0, top, circuit.task)
         yield Knockout("single_pass", k, 0, rankings.single_pass[:k], circuit.task)
         for draw in range(config.controls):
-            yield Knockout("matched", k, draw, matched_heads(top, model.heads, rng))
+            yield Knockout("matched", k, draw, matched_heads(top, model.layers, model.heads, rng))
             anywhere = random_heads(top, model.layers, model.heads, rng)
             yield Knockout("random", k, draw, anywhere)
         least = tuple(head for head in rankings.least if head not in top)[:k]

@@ -48,6 +48,7 @@ ROWS = [
         "choosing",
         "scoring",
         "methods",
+        "rates",
         "prefix",
     ),
     *(

@@ -287,10 +287,16 @@ def _held(model: Model, method: Method) -> Attached:
         return held
 
 
-def test_random_without_another_component_is_refused(tiny: Callable[..., Model]) -> None:
+def test_random_without_enough_other_components_is_refused(tiny: Callable[..., Model]) -> None:
+    """A full layer takes its control from the next ones: a smaller one would flatter the set."""
     model = fresh(tiny, "llama")
-    with pytest.raises(UserError, match="other components"):
-        random(model, [Head(1, index) for index in range(4)], np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    every = [Head(layer, index) for layer in range(model.layers) for index in range(model.heads)]
+    whole = every[model.heads : 2 * model.heads]
+    assert {head.layer for head in random(model, whole, rng).heads} <= {0, 2}
+    for heads, mlps in ((every[1:], []), ([], [Mlp(1), Mlp(2), Mlp(3)])):
+        with pytest.raises(UserError, match=r"needs .* other heads and .* other MLPs"):
+            random(model, heads, rng, mlps)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

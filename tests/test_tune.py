@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from circuitune.models import Model, load
 from circuitune.pairs import PairSet
 from circuitune.prefix import TEXT_TOKENS
 from circuitune.problems import Operator, Problem
+from circuitune.rates import LEARNING_RATES, USUAL_SIZE, own_rate, weight_size
 from circuitune.tune import (
-    LEARNING_RATES,
     contamination,
     in_precision,
     lessons_for,
@@ -30,6 +31,7 @@ from circuitune.tune import (
 )
 from circuitune.writing import Writing
 
+FAMILIES = ["llama", "qwen2", "gpt2", "phi3", "gpt_neox", "gemma3_text"]
 SMALL = TuneConfig(
     heads=2, steps=3, batch_size=4, learning_rate=1e-2, precision="float32", save_every=1
 )
@@ -230,6 +232,7 @@ def test_the_outlook_tells_data_mask_and_cost(model: Model, run: Path) -> None:
     text = "\n".join(lines)
     assert "precise" in text
     assert "full" in text
+    assert text.count("learning rate: ") == 2
     assert text.count("components: ") == 1  # heads of the one, all of the other
     assert not list(run.glob(".tune-*"))
 
@@ -269,10 +272,27 @@ def test_what_cannot_be_tuned_is_one_sentence(
     assert not (tmp_path / "work" / "tune.json").exists()
 
 
-def test_each_method_has_a_learning_rate_of_its_own() -> None:
+def test_each_method_has_a_learning_rate_of_its_own(model: Model) -> None:
     assert set(LEARNING_RATES) == set(methods.METHODS)
-    own = loop_config(replace(SMALL, learning_rate=0.0), "full").learning_rate
-    assert own == LEARNING_RATES["full"] < loop_config(SMALL, "full").learning_rate
+    own = loop_config(model, replace(SMALL, learning_rate=0.0), "full").learning_rate
+    assert own == own_rate(model, "full") < own_rate(model, "precise")
+    assert loop_config(model, SMALL, "full").learning_rate == SMALL.learning_rate
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_learning_rates_go_with_the_size_of_the_weights(
+    tiny: Callable[..., Model], family: str
+) -> None:
+    """Weights four times as large: rates four times as large; embeddings do not matter."""
+    model = deepcopy(tiny(family, **({"pad_token_id": 0} if family == "phi3" else {})))
+    size, rate = weight_size(model), own_rate(model, "precise")
+    assert rate == pytest.approx(LEARNING_RATES["precise"] * size / USUAL_SIZE, rel=0.05)
+    with torch.no_grad():
+        for name, weight in model.hf.named_parameters():
+            inside = name.startswith(model.family.layers) and weight.ndim > 1
+            weight *= 4 if inside else 9
+    assert weight_size(model) == pytest.approx(4 * size, rel=1e-6)
+    assert own_rate(model, "precise") == pytest.approx(4 * rate, rel=0.1)
 
 
 def test_precision(tiny: Callable[..., Model]) -> None:

@@ -33,10 +33,18 @@ from circuitune.ranks import WHOLE
 from circuitune.selection import RULES
 from circuitune.stats import Interval
 from circuitune.tasks import Task, averaged, prepare, sweep
-from circuitune.validate import FURTHER_DRAWS, control_circuit, further, least_important, own_size
+from circuitune.validate import (
+    FURTHER_DRAWS,
+    control_circuit,
+    further,
+    least_important,
+    matched_heads,
+    own_size,
+)
 from tests.planted import CARRIERS, D_HEAD, Planted, build
 from tests.reference.slow_knockout import head_outputs, logits_without
 
+EVERY = tuple(Head(layer, index) for layer in range(4) for index in range(4))
 HEADS = (Head(1, 0), Head(1, 3), Head(2, 2), Head(3, 1))
 DOCUMENTED = [
     *("set", "k", "draw", "ablation", "where", "task", "accuracy", "n", "low", "high"),
@@ -44,6 +52,24 @@ DOCUMENTED = [
     *("logit_diff", "logit_diff_low", "logit_diff_high", "kl", "kl_low", "kl_high"),
     *("source", "data", "heads"),
 ]
+
+
+def test_matched_heads_are_as_many_and_others() -> None:
+    """Layer by layer where that can be, from the nearest layers where a layer has too few."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        drawn = matched_heads(HEADS, 4, 4, rng)
+        assert [head.layer for head in drawn] == [1, 1, 2, 3]
+        assert not {*drawn} & {*HEADS}
+        crowded = (Head(2, 0), Head(2, 1), Head(2, 2), Head(0, 0))
+        drawn = matched_heads(crowded, 4, 4, rng)
+        assert len({*drawn} - {*crowded}) == len(crowded)
+        found = [head.layer for head in drawn]
+        assert found[0] == 0
+        assert found.count(2) == 1
+        assert found.count(1) + found.count(3) == 2
+        rest = matched_heads(EVERY[3:], 4, 4, rng)
+        assert rest == EVERY[:3]
 
 
 def sums() -> list[Pair]:

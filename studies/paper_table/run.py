@@ -3,7 +3,8 @@ r"""Tuning on word problems: the main table of Zhang et al., with the controls t
     python studies/paper_table/run.py --data-dir DATA
     python studies/paper_table/run.py --data-dir DATA --rows heads,mlps --seeds 1
     python studies/paper_table/run.py --data-dir DATA --rows eight
-    python studies/paper_table/run.py --data-dir DATA --seeds 1 --model FILE.gguf --name gemma3
+    python studies/paper_table/run.py --data-dir DATA --rows main,eight --seeds 1 \
+        --model FILE.gguf --name gemma3
 
 Every method learns the same 800 texts, drawn for a seed from the training parts of AddSub,
 SingleEq, SVAMP and GSM8K and from generated arithmetic; 100 steps of 8, which take full
